@@ -1,0 +1,279 @@
+"""AdvMask: learn binary masks that uncover a robust sub-network inside frozen CLIP.
+
+Paper: "Identifying Robust Neural Pathways: Few-Shot Adversarial Mask Tuning for Vision-Language Models", ICLR 2026,
+https://openreview.net/forum?id=kzGkXpW4FT. This is an independent implementation; what the paper does not state is an argument marked
+"(our choice)", with the measurement behind its default in the README, "Where the papers are silent".
+
+    python advmask.py                                                # small CLIP, embedded data: no download, about 3 minutes on 2 CPU cores
+    python advmask.py --model tiny --dataset caltech101              # small CLIP, real photographs
+    python advmask.py --dataset caltech101 --shots 16                # OpenAI ViT-B/32, as published: eps 1/255, PGD-100
+
+The idea. theta are CLIP's weights, M a real mask of the same shape, alpha a threshold. The network runs on theta' = theta * 1[M > alpha]; theta
+stays frozen, only M is trained, on adversarial images, through a straight-through gradient. One bit per masked weight is the whole adapter.
+
+    min over M  E[ CE(f_theta'(x~), y) + lambda * L_LAFA ],   x~ = x + argmax over |delta| <= eps of CE(f_theta'(x + delta), y)
+
+EVIDENCE
+"""
+import math
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+import common
+
+parser = common.Parser(description=__doc__.split("\n")[0])
+common.add_arguments(parser)
+add = parser.add_argument
+add("--layers", default="mhsa", choices=["mhsa", "mlp", "both"], help="masked weights of every vision block: attention, MLP, or both")
+add("--init", type=float, default=1e-2, help="start of every entry of M (our choice: R-AMT's)")
+add("--threshold", type=float, default=5e-3, help="alpha: an entry of at most alpha switches its weight off (our choice: R-AMT's)")
+add("--loss", default="lafa", choices=["ce", "js", "kl", "align", "lafa"], help="CE alone, or CE + lambda times JS, KL, alignment, LAFA")
+add("--lam", type=common.at_least(0, float), default=50, help="lambda, at CLIP's logit scale of 100")
+add("--lam-scaling", default="logit", choices=["logit", "none"], help="logit: the loss uses lambda * logit scale / 100 (our choice)")
+add("--eps-w", type=common.at_least(0, float), default=1e-6, help="epsilon_w in LAFA's weight (our choice)")
+add("--features", default="cls", choices=["cls", "mean"], help="a block's feature: CLS token, or mean over tokens (our choice)")
+add("--raw", action="store_true", help="do not scale features to unit length before comparing them (our choice: unit length)")
+add("--attached", action="store_true", help="let gradients flow through the clean features as well (our choice: detached)")
+add("--train-attack-steps", type=common.at_least(1), default=2, help="PGD steps while training")
+add("--train-step", type=common.fraction, help="PGD step while training; default eps, as published")
+add("--epochs", type=common.at_least(1), default=8, help="training length (our choice) ...")
+add("--min-steps", type=common.at_least(1), default=150, help="... but at least so many steps, so that few shots train too (our choice)")
+add("--steps", type=common.at_least(1), help="training steps; overrides --epochs and --min-steps")
+add("--optimizer", default="sgd", choices=["sgd", "adam"], help="sgd: gradients scaled to unit root mean square, momentum 0.9 (our choice)")
+add("--budget", type=common.at_least(0, float), default=3, help="flip budget: how far an entry can move in all, in units of init - alpha, if its"
+    " gradient is always of average size; it sets the rate (our choice)")
+add("--lr", type=common.at_least(0, float), help="first rate, decayed by a cosine; overrides --budget")
+
+
+# ------------------------------------------------------------------------------------------------------------------------- the method
+class Above(torch.autograd.Function):
+    """1[M > alpha], with the straight-through gradient: dL/dM := dL/dM_bin."""
+
+    @staticmethod
+    def forward(ctx, M, alpha):
+        return (M > alpha).to(M.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class BinaryMask(nn.Module):
+    """Parametrisation of a frozen weight: theta -> theta * 1[M > alpha], M of the weight's shape, starting at `init` (all ones).
+
+    Straight-through (AdvMask): M <- M - gamma dL/dM_bin with dL/dM_bin = theta * dL/dtheta'. Raises Fault unless init > threshold.
+    """
+
+    def __init__(self, weight, init=1e-2, threshold=5e-3):
+        super().__init__()
+        if not math.inf > init > threshold > -math.inf:
+            raise common.Fault(f"--init {init} must be finite and lie above --threshold {threshold}: a mask starts with every weight kept")
+        self.threshold = threshold
+        self.M = nn.Parameter(torch.full_like(weight, init, requires_grad=True))
+
+    def forward(self, theta):
+        # theta' = theta * 1[M > alpha]
+        return theta * Above.apply(self.M, self.threshold)
+
+    @property
+    def kept(self):
+        """1[M > alpha] as bool, of the weight's shape."""
+        return self.M.detach() > self.threshold
+
+
+WEIGHTS = {"mhsa": ["attn.in_proj_weight", "attn.out_proj.weight"], "mlp": ["mlp.c_fc.weight", "mlp.c_proj.weight"]}
+WEIGHTS["both"] = WEIGHTS["mhsa"] + WEIGHTS["mlp"]
+
+
+def attach(clip, layers="mhsa", init=1e-2, threshold=5e-3):
+    """Mask the named weights of every vision block of an open_clip ViT -> {parameter name: BinaryMask}; biases are never masked.
+
+    `layers`: mhsa (in_proj (3d, d) and out_proj (d, d)), mlp (c_fc (4d, d) and c_proj (d, 4d)) or both.
+    """
+    masks = {}
+    for i, block in enumerate(clip.visual.transformer.resblocks):
+        for name in WEIGHTS[layers]:
+            module, _, weight = name.rpartition(".")
+            module = block.get_submodule(module)
+            mask = BinaryMask(getattr(module, weight), init, threshold)
+            parametrize.register_parametrization(module, weight, mask)
+            masks[f"visual.transformer.resblocks.{i}.{name}"] = mask
+    return masks
+
+
+def merge(clip, masks):
+    """Write theta' into the weights and drop the masks: an ordinary open_clip model with the same logits."""
+    for name in masks:
+        module, _, weight = name.rpartition(".")
+        parametrize.remove_parametrizations(clip.get_submodule(module), weight, leave_parametrized=True)
+    return clip.requires_grad_(False)
+
+
+def pgd(classifier, x, y, eps, step, steps):
+    """The inner maximisation: x (b, 3, h, w) in [0, 1], y (b,) -> x~ with |x~ - x|_inf <= eps (pixels) and x~ in [0, 1].
+
+    Madry et al. 2018: delta_0 ~ U(-eps, eps), delta <- clip(delta + step sign(grad CE), -eps, eps), x + delta clipped to [0, 1].
+    """
+    assert not classifier.training, "attack the network that is deployed: eval mode"
+    delta = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1) - x
+    for _ in range(steps):
+        delta.requires_grad_()
+        # sum, not mean: the gradient of one image must not depend on the batch size
+        loss = F.cross_entropy(classifier(x + delta), y, reduction="sum")
+        # autograd.grad towards delta alone: no weight or mask gradients are computed
+        grad, = torch.autograd.grad(loss, delta)
+        delta = (delta.detach() + step * grad.sign()).clamp(-eps, eps)
+        delta = (x + delta).clamp(0, 1) - x
+    assert delta.abs().max() <= eps + 1e-6 and torch.isfinite(delta).all()
+    return x + delta
+
+
+def features(classifier, x, kind="cls", raw=False):
+    """-> z (layers, b, d): the output of every vision block (CLS token, or mean over tokens), of unit length unless raw; logits (b, classes)."""
+    z, transformer = [], classifier.clip.visual.transformer
+
+    def keep(block, inputs, output):                                              # output: (b, tokens, d)
+        output = output if transformer.batch_first else output.transpose(0, 1)
+        z.append((output[:, 0] if kind == "cls" else output.mean(1)).float())
+    hooks = [block.register_forward_hook(keep) for block in transformer.resblocks]
+    try:
+        logits = classifier(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    z = torch.stack(z)
+    return (z if raw else F.normalize(z, dim=-1)), logits
+
+
+def lafa(z_clean, z_adv, p_true, eps_w=1e-6):
+    """L_LAFA (AdvMask): layer-wise adaptive feature alignment. z (layers, b, d); p_true (b,), the model's p(y|x) on the clean image -> scalar.
+
+    L = 1/(|Layers||B|) sum_l sum_x  p(y|x) / (E_B[p(y'|x')] + eps_w) * |z_clean^(l) - z_adv^(l)|_2^2
+    """
+    weight = p_true / (p_true.mean() + eps_w)                                     # (b,), mean 1 over the batch
+    return (weight * (z_clean - z_adv).square().sum(-1)).mean()                   # mean over (layers, b)
+
+
+def consistency(kind, logits_clean, logits_adv, z_clean, z_adv, y, eps_w):
+    """The second term of L_mask: lafa, or the paper's ablations align (no weight), js and kl (output space), ce (none) -> scalar."""
+    log_p, log_q = F.log_softmax(logits_clean, -1), F.log_softmax(logits_adv, -1)    # (b, classes)
+    if kind == "lafa":
+        p_true = log_p.exp().gather(1, y[:, None])[:, 0].detach()
+        return lafa(z_clean, z_adv, p_true, eps_w)
+    if kind == "align":
+        return (z_clean - z_adv).square().sum(-1).mean()
+    if kind == "kl":                                                              # KL(P_clean || P_adv)
+        return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    if kind == "js":                                                              # (KL(P || M) + KL(Q || M)) / 2, M = (P + Q) / 2
+        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+        return (F.kl_div(log_m, log_p, log_target=True, reduction="batchmean") + F.kl_div(log_m, log_q, log_target=True, reduction="batchmean")) / 2
+    return torch.zeros((), device=y.device)
+
+
+# --------------------------------------------------------------------------------------------------------------------- the adapter file
+def flipped(masks):
+    """Share of masked entries that are switched off."""
+    return 1 - sum(m.kept.sum().item() for m in masks.values()) / sum(m.M.numel() for m in masks.values())
+
+
+def pack(masks):
+    """{name: BinaryMask} -> {name: uint8 (ceil(n / 8),)}, one bit per entry."""
+    return {name: torch.from_numpy(np.packbits(mask.kept.cpu().numpy())) for name, mask in masks.items()}
+
+
+def unpack(masks, tensors):
+    """Leave M at init (bit 1) or set it to alpha (bit 0: off). Raises Fault where names or sizes differ."""
+    if {k: (m.M.numel() + 7) // 8 for k, m in masks.items()} != {k: v.numel() for k, v in tensors.items()}:
+        raise common.Fault("the adapter's weights are not those that --layers masks in this model; use the --model and --layers it was made with")
+    for name, mask in masks.items():
+        bits = np.unpackbits(tensors[name].numpy(), count=mask.M.numel()).reshape(mask.M.shape)
+        mask.M.data[torch.from_numpy(bits == 0).to(mask.M.device)] = mask.threshold
+
+
+# ------------------------------------------------------------------------------------------------------------------------- the program
+def main():
+    args = common.parse(parser)
+    start = time.time()
+    train_step = args.eps if args.train_step is None else args.train_step
+    folder = common.run_folder(args, "advmask")
+    data = common.half(common.load_dataset(args.dataset, args.data_root), args.classes)
+    clip, config = common.load_clip(args.model, args.pretrained, args.device)
+    classifier = common.Classifier(clip, config, data.classes, data.template, args.dtype, args.logit_scale)
+    train, _ = common.few_shot(data.train, data.val, args.shots, args.seed)
+    test_x, test_y = common.test_split(data, args, classifier.size)
+    print(f"{args.model} on {args.dataset}: {len(data.classes)} classes, {len(train)} training and {len(test_y)} {args.split} images, "
+          f"{classifier.size} px, eps {255 * args.eps:g}/255, {args.dtype} on {args.device}, logit scale {classifier.scale:.1f}")
+
+    def measure():
+        return common.evaluate(classifier, test_x, test_y, args.eps, args.step, args.test_steps, batch_size=args.test_batch_size, settle=args.settle)
+    before = measure()
+    print(f"zero-shot: clean {before['clean']:.2f}, PGD-{args.test_steps} {before['pgd']:.2f}  ({time.time() - start:.0f} s)", flush=True)
+
+    vision, total = (sum(p.numel() for p in m.parameters()) for m in (clip.visual, clip))
+    metadata = common.describe(args, "advmask")
+    if args.load:
+        tensors, metadata = common.load_adapter(args.load, "advmask", args.model, ["layers"])
+        masks = attach(clip, metadata["layers"], args.init, args.threshold)
+        unpack(masks, tensors)
+    else:
+        masks = attach(clip, args.layers, args.init, args.threshold)
+    masked = sum(mask.M.numel() for mask in masks.values())
+    print(f"masked {masked:,} / vision {vision:,} / total {total:,} parameters")
+
+    # -- training
+    training = time.time()
+    if not args.load:
+        steps = args.steps or max(args.min_steps, args.epochs * math.ceil(len(train) / args.batch_size))
+        cosine = [0.5 * (1 + math.cos(math.pi * t / steps)) for t in range(steps)]
+        # a step moves an average entry by at most lr, so sum_t lr_t / (init - alpha) is how many times over it could cross the threshold
+        lr = args.lr if args.lr is not None else args.budget * (args.init - args.threshold) / sum(cosine)
+        lam = args.lam * (classifier.scale / 100 if args.lam_scaling == "logit" else 1)
+        M = [mask.M for mask in masks.values()]
+        optimizer = torch.optim.SGD(M, lr, momentum=0.9, dampening=0.9) if args.optimizer == "sgd" else torch.optim.Adam(M, lr)
+        print(f"{steps} steps of {min(args.batch_size, len(train))} images, lr {lr:.2e}, loss {args.loss}, lambda {lam:.3g}")
+        for t, (x, y) in enumerate(common.batches(train, classifier.size, args, steps)):
+            optimizer.param_groups[0]["lr"] = lr * cosine[t]
+            with parametrize.cached():                       # theta' is computed once a step, not once per forward pass
+                x_adv = pgd(classifier, x, y, args.eps, train_step, args.train_attack_steps)
+                z_clean, logits_clean = features(classifier, x, args.features, args.raw)
+                z_adv, logits_adv = features(classifier, x_adv, args.features, args.raw)
+                if not args.attached:
+                    z_clean, logits_clean = z_clean.detach(), logits_clean.detach()
+                # L_mask = CE(x~, y) + lambda * L_LAFA
+                ce = F.cross_entropy(logits_adv, y)
+                align = consistency(args.loss, logits_clean, logits_adv, z_clean, z_adv, y, args.eps_w)
+                optimizer.zero_grad()
+                (ce + lam * align).backward()
+            if args.optimizer == "sgd":                      # M <- M - gamma dL/dM_bin, in units of the gradient's root mean square over all masks
+                rms = (sum(m.grad.square().sum() for m in M) / masked).sqrt()
+                for m in M:
+                    m.grad /= rms.clamp(min=1e-12)
+            optimizer.step()
+            if (t + 1) % 50 == 0 or t + 1 == steps:
+                accuracy = 100 * (logits_adv.argmax(1) == y).float().mean().item()
+                print(f"step {t + 1}/{steps}  ce {ce.item():.3f}  {args.loss} {align.item():.4f}  train adv acc {accuracy:.0f} %  "
+                      f"flipped {100 * flipped(masks):.2f} %  {time.time() - training:.0f} s", flush=True)
+        common.save_adapter(folder / "adapter.safetensors", pack(masks), metadata)
+    share = flipped(masks)
+    if share == 0:
+        print("WARNING: no entry of the masks is switched off: the model is still plain CLIP; raise --steps, --budget or --lr")
+    training = time.time() - training
+
+    # -- evaluation of the merged model
+    merge(clip, masks)
+    after = measure()
+    common.table([("zero-shot", before), ("AdvMask", after)], args.test_steps)
+    if args.export:
+        common.export(clip, config, args.export)
+    common.save_result(folder, args, "advmask", before=before, after=after, flipped=share, masked=masked, vision=vision, total=total,
+                       training_seconds=round(training, 1), seconds=round(time.time() - start, 1))
+    print(f"peak memory {common.peak_memory(args.device):.0f} MiB, {time.time() - start:.0f} s (training {training:.0f} s); files in {folder}")
+
+
+if __name__ == "__main__":
+    common.guard(main)

@@ -1,0 +1,576 @@
+"""What every method here needs and none is about: arguments, datasets and few-shot draws, loading CLIP, the classifier, robust evaluation, files.
+
+Pixels are float in [0, 1] before CLIP's normalisation, NCHW; eps and step are in the same units. Faults of the user's making raise `Fault`,
+which `guard` turns into one sentence on stderr and exit code 2.
+"""
+import argparse
+import concurrent.futures
+import contextlib
+import errno
+import hashlib
+import http.client
+import json
+import logging
+import math
+import os
+import pathlib
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from typing import NamedTuple
+
+import numpy as np
+import open_clip
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+from torchvision.transforms import v2
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+
+# ---------------------------------------------------------------------------------------------------------------- faults and arguments
+class Fault(Exception):
+    """A fault of the input; its text says what was expected, what was found, and what to do."""
+
+
+def guard(main):
+    """Run a program: a Fault, a full disk or a broken download becomes one sentence on stderr and exit code 2."""
+    try:
+        main()
+    except Fault as fault:
+        sentence = str(fault)
+    except OSError as fault:
+        full = fault.errno == errno.ENOSPC
+        sentence = f"{'the disk is full' if full else fault.strerror or fault}: {fault.filename or 'while writing'}; nothing half-written was left"
+    except KeyboardInterrupt:
+        sentence = "interrupted; no half-written file was left"
+    else:
+        return
+    print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are Faults: one sentence, no usage block."""
+
+    def error(self, message):
+        raise Fault(f"{message} (--help lists the arguments)")
+
+
+def fraction(text):
+    """'1/255' or '0.004' -> float >= 0."""
+    above, _, below = text.partition("/")
+    try:
+        value = float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"expected a number such as 1/255 or 0.004, found {text!r}")
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a finite number of at least 0, found {text!r}")
+    return value
+
+
+def at_least(low, kind=int):
+    """An argparse type: a number of at least `low`, below 2^63."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a number of at least {low}, found {text!r}")
+        if not low <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"expected a number of at least {low}, found {text!r}")
+        return value
+    return parse
+
+
+def add_arguments(parser):
+    """The arguments that every program shares."""
+    add = parser.add_argument
+    add("--dataset", default="embedded", choices=["embedded", "folder", *DATASETS], help="embedded: tiny/fashion.npz; folder: your own images")
+    add("--data-root", type=pathlib.Path, default=pathlib.Path("data"), help="folder of the datasets (CoOp's layout), or of your classes")
+    add("--shots", type=at_least(1), default=16, help="training images per class")
+    add("--classes", default="all", choices=["all", "base", "new"], help="all classes, or CoOp's first or second half")
+    add("--model", help="tiny, an open_clip name, or local-dir:DIR; default: tiny for the embedded data, else ViT-B-32-quickgelu")
+    add("--pretrained", default="openai", help="open_clip tag, a checkpoint file, or none for random weights (not used by tiny)")
+    add("--eps", type=fraction, help=f"l_inf radius in pixels; default 1/255, and {round(255 * TINY_EPS)}/255 for the small CLIP (our choice)")
+    add("--step", type=fraction, default=1 / 255, help="step of the test attack")
+    add("--test-steps", type=at_least(1), default=100, help="steps of the test attack, PGD-N")
+    add("--settle", type=at_least(0), default=10, help="an image broken in this many iterates in a row counts as broken at the final one and leaves"
+        " the batch (our choice); 0 attacks every image to the end, as published")
+    add("--seed", type=at_least(0), default=1, help="few-shot draw and training; the test attack's starts derive from seed and image")
+    add("--batch-size", type=at_least(1), default=32, help="training batch")
+    add("--augment", default="crop", choices=["crop", "none"], help="crop: RandomResizedCrop(0.5, 1) and flip (our choice: R-AMT's)")
+    add("--logit-scale", type=at_least(0, float), help="s in the classifier; default the model's own, 100 for OpenAI's CLIP")
+    add("--test-batch-size", type=at_least(1), default=128, help="evaluation batch")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on a CPU with AMX, else float32")
+    add("--out", type=pathlib.Path, default=pathlib.Path("runs"), help="folder of the result files")
+    add("--load", type=pathlib.Path, help="evaluate this adapter.safetensors (or its folder) instead of training")
+    add("--export", type=pathlib.Path, help="write the merged model as an open_clip folder")
+    add("--test-limit", type=at_least(1), help="evaluate the first N of the shuffled test images: for trials, never for results")
+    add("--split", default="test", choices=["test", "val"], help="evaluate on test, or on the whole val set: for choosing arguments")
+
+
+def parse(parser, argv=None):
+    """Parse, fill the defaults that depend on others, set the seed and the CPU's fast attention path. Raises Fault."""
+    args = parser.parse_args(argv)
+    args.model = args.model or ("tiny" if args.dataset == "embedded" else "ViT-B-32-quickgelu")
+    if args.eps is None:
+        args.eps = TINY_EPS if args.model == "tiny" else 1 / 255
+    try:
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as fault:
+        raise Fault(f"device {args.device!r} cannot be used ({str(fault).splitlines()[0]}); try --device cpu")
+    if args.dtype == "auto":
+        amx = args.device == "cpu" and "amx_bf16" in (pathlib.Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else "")
+        args.dtype = "bfloat16" if amx else "float32"
+    if args.device == "cpu":
+        # torch's flash kernel is slow backwards on short sequences on CPU; this switch governs the CPU kernel as well
+        torch.backends.cuda.enable_flash_sdp(False)
+    torch.manual_seed(args.seed)
+    return args
+
+
+# --------------------------------------------------------------------------------------------------------------------------- datasets
+class Item(NamedTuple):
+    """One image: a path or a uint8 array, its label, its class name."""
+    image: object
+    label: int
+    name: str
+
+
+class Data(NamedTuple):
+    """A dataset: class names by label, the prompt template, and three lists of Item."""
+    classes: list
+    template: str
+    train: list
+    val: list
+    test: list
+
+
+class Source(NamedTuple):
+    """One line per dataset: folder under the data root, image folder in it, split file, md5 of its parsed content, template, torchvision class."""
+    folder: str
+    images: str
+    split: str
+    md5: str
+    template: str
+    torchvision: str
+
+
+SPLITS = "https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/c7e7e68ae4eeadfab98e7886b2d6c9cf48a7ceb5/splits/"
+DATASETS = {
+    "caltech101": Source("caltech-101", "101_ObjectCategories", "split_zhou_Caltech101.json", "06f9c268c38af55e10957bae4bcf47d8",
+                         "a photo of a {}.", "Caltech101"),
+}
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+def load_dataset(name, root):
+    """The dataset `name` under `root`, downloaded where that is possible -> Data. Raises Fault."""
+    if name == "embedded":
+        return load_embedded()
+    return load_folder(root) if name == "folder" else load_coop(name, root)
+
+
+def load_embedded():
+    """tiny/fashion.npz: 16 train, 4 val and 20 test images per class of Fashion-MNIST, 28 x 28 grey."""
+    arrays = np.load(HERE / "tiny" / "fashion.npz")
+    names = [str(n) for n in arrays["classes"]]
+    parts = ([Item(x, int(y), names[y]) for x, y in zip(arrays[f"{s}_x"], arrays[f"{s}_y"])] for s in ("train", "val", "test"))
+    return Data(names, "a photo of a {}.", *parts)
+
+
+def load_folder(root):
+    """One sub-folder per class; names from classnames.txt (a line per folder, in sorted order) or from the folders.
+
+    Split like CoOp's random splits: per class, shuffled once with a fixed seed, 50 % train, 20 % val, 30 % test, at least one of each.
+    """
+    if not root.is_dir():
+        raise Fault(f"--data-root {root} is not a folder; expected one with a sub-folder of images per class")
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if len(folders) < 2:
+        raise Fault(f"{root} has {len(folders)} sub-folders; expected at least 2, one per class")
+    names = [p.name.replace("_", " ") for p in folders]
+    if (root / "classnames.txt").exists():
+        names = (root / "classnames.txt").read_text().split("\n")
+        names = [n.strip() for n in names if n.strip()]
+        if len(names) != len(folders):
+            raise Fault(f"{root / 'classnames.txt'} names {len(names)} classes, expected one line for each of the {len(folders)} sub-folders")
+    parts = [[], [], []]
+    for label, folder in enumerate(folders):
+        files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        if len(files) < 3:
+            raise Fault(f"{folder} has {len(files)} images; expected at least 3, for train, val and test")
+        random.Random(0).shuffle(files)
+        n_val, n_test = max(1, round(0.2 * len(files))), max(1, round(0.3 * len(files)))
+        cuts = (files[n_val + n_test:], files[:n_val], files[n_val:n_val + n_test])
+        for part, some in zip(parts, cuts):
+            part += [Item(p, label, names[label]) for p in some]
+    return Data(names, "a photo of a {}.", *parts)
+
+
+def load_coop(name, root):
+    """A dataset in CoOp's layout: <root>/<folder>/<images>/... and the published split file, whose parsed content is checked."""
+    source = DATASETS[name]
+    folder = root / source.folder
+    split = folder / source.split
+    if not (folder / source.images).is_dir():
+        download_images(source, root)
+    if not split.exists():
+        fetch(SPLITS + source.split, split)
+    try:
+        parsed = json.loads(split.read_text())
+        md5 = hashlib.md5(json.dumps(parsed, sort_keys=True).encode()).hexdigest()
+    except ValueError as fault:
+        raise Fault(f"{split} is not JSON ({fault}); delete it, and the next run fetches it again")
+    if md5 != source.md5:
+        raise Fault(f"{split} is not the published split (content {md5}, expected {source.md5}); delete it, and the next run fetches it again")
+    parts = [[Item(folder / source.images / path, label, label_name) for path, label, label_name in parsed[s]] for s in ("train", "val", "test")]
+    names = {item.label: item.name for item in parts[0]}
+    return Data([names[label].replace("_", " ") for label in sorted(names)], source.template, *parts)
+
+
+def fetch(url, path):
+    """Download a small file under a temporary name, then rename. Raises Fault with the address, the folder and the file."""
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer:
+            content = answer.read()
+    except (OSError, http.client.HTTPException) as fault:
+        raise Fault(f"could not download {url} ({fault}); put the file at {path} by hand")
+    write(path, content)
+
+
+def download_images(source, root):
+    """Let torchvision download and unpack into a temporary folder, then move the image folder to CoOp's place."""
+    target = root / source.folder / source.images
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=root, prefix="download-") as scratch:
+        try:
+            getattr(torchvision.datasets, source.torchvision)(scratch, download=True)
+        except (urllib.error.URLError, http.client.HTTPException, RuntimeError, ValueError, EOFError) as fault:
+            raise Fault(f"{target} is missing, and torchvision's download failed ({fault}); put the images there by hand, or set --data-root")
+        found = next((p for p in pathlib.Path(scratch).rglob(source.images) if p.is_dir()), None)
+        if found is None:
+            raise Fault(f"torchvision's download holds no folder {source.images}; put the images at {target} by hand")
+        os.replace(found, target)
+
+
+def few_shot(train, val, k, seed):
+    """CoOp's k-shot draw -> (k items per class of train, min(k, 4) per class of val); a class with fewer gives all it has.
+
+    Equal to the published index files, order included: one generator, classes in order of first appearance, train before val.
+    """
+    generator, drawn = random.Random(seed), []
+    for items, n in ((train, k), (val, min(k, 4))):
+        groups = {}
+        for item in items:
+            groups.setdefault(item[1], []).append(item)
+        drawn.append([item for group in groups.values() for item in (generator.sample(group, n) if len(group) >= n else group)])
+    return drawn[0], drawn[1]
+
+
+def half(data, part):
+    """CoOp's base or new classes: labels sorted, the first ceil(n/2) are base, the rest new, relabelled from 0. `all`: unchanged."""
+    if part == "all":
+        return data
+    m = math.ceil(len(data.classes) / 2)
+    start, names = (0, data.classes[:m]) if part == "base" else (m, data.classes[m:])
+    keep = range(start, start + len(names))
+    parts = ([item._replace(label=item.label - start) for item in items if item.label in keep] for items in data[2:])
+    return Data(names, data.template, *parts)
+
+
+def decode(items, size, crop):
+    """Decode once -> list of uint8 (3, h, w). crop: CLIP's test view, `size` square; else the short side is 1.25 size, for random crops."""
+    side = size if crop else round(1.25 * size)
+    shrink = v2.Compose([v2.Resize(side, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size) if crop else v2.Identity(), v2.PILToTensor()])
+
+    def one(item):
+        try:
+            picture = Image.fromarray(item.image) if isinstance(item.image, np.ndarray) else Image.open(item.image)
+            return shrink(picture.convert("RGB"))
+        except FileNotFoundError:
+            raise Fault(f"image {item.image} is missing; the split names it: is the dataset complete?")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as fault:
+            raise Fault(f"image {item.image} cannot be read ({fault}); replace or remove it")
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        return list(pool.map(one, items))
+
+
+def test_set(items, size):
+    """CLIP's test view of items -> x (n, 3, size, size) uint8, y (n,)."""
+    return torch.stack(decode(items, size, crop=True)), torch.tensor([item.label for item in items])
+
+
+def test_split(data, args, size):
+    """The images that --split and --test-limit choose, as test_set gives them."""
+    items = data.test if args.split == "test" else data.val
+    if args.test_limit:
+        items = random.Random(0).sample(items, min(args.test_limit, len(items)))
+    return test_set(items, size)
+
+
+def batches(items, size, args, steps):
+    """`steps` training batches: x (b, 3, size, size) float in [0, 1], y (b,). RandomResizedCrop(0.5, 1) and flip; epochs reshuffled."""
+    pictures, labels = decode(items, size, crop=args.augment == "none"), torch.tensor([item.label for item in items])
+    view = v2.Compose([v2.RandomResizedCrop(size, (0.5, 1.0), interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip()])
+    view = v2.Identity() if args.augment == "none" else view
+    order = torch.empty(0, dtype=torch.long)
+    for _ in range(steps):
+        while len(order) < min(args.batch_size, len(items)):
+            order = torch.cat([order, torch.randperm(len(items))])
+        picks, order = order[:args.batch_size], order[args.batch_size:]
+        yield (torch.stack([view(pictures[i]) for i in picks]) / 255).to(args.device), labels[picks].to(args.device)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------- CLIP
+TINY_EPS = 3 / 255    # zero-shot PGD accuracy of the small CLIP falls below 10 % on both its test sets: README
+
+
+def load_clip(model, pretrained="openai", device="cpu"):
+    """-> an open_clip model in eval mode, frozen, and its configuration (model_cfg, preprocess_cfg). Raises Fault.
+
+    `tiny` is the small CLIP in tiny/: rows of the token embedding that its training never touched are not stored, and are zero here.
+    """
+    if model == "tiny":
+        config = json.loads((HERE / "tiny" / "open_clip_config.json").read_text())
+        state = {k: v.float() for k, v in safetensors.torch.load_file(HERE / "tiny" / "weights.safetensors").items()}
+        rows, clip = state.pop("token_embedding.rows").long(), open_clip.CLIP(**config["model_cfg"])
+        embedding = torch.zeros_like(clip.token_embedding.weight)
+        state["token_embedding.weight"] = embedding.index_copy(0, rows, state["token_embedding.weight"])
+        clip.load_state_dict(state)
+        open_clip.model.set_model_preprocess_cfg(clip, {"size": config["model_cfg"]["vision_cfg"]["image_size"], **config["preprocess_cfg"]})
+    else:
+        if model not in open_clip.list_models() and not model.startswith("local-dir:"):
+            raise Fault(f"unknown model {model!r}; expected tiny, local-dir:DIR or one of open_clip's, such as ViT-B-32-quickgelu")
+        if pretrained == "openai" and f"{model}-quickgelu" in open_clip.list_models():
+            raise Fault(f"{model} would run OpenAI's weights with another activation; use --model {model}-quickgelu")
+        tag = None if pretrained == "none" or model.startswith("local-dir:") else pretrained
+        try:
+            logging.disable(logging.CRITICAL)    # open_clip logs what it raises as well
+            clip, _, _ = open_clip.create_model_and_transforms(model, pretrained=tag)
+        except Exception as fault:    # open_clip raises whatever its downloaders raise
+            raise Fault(f"could not load {model} with weights {tag!r} ({type(fault).__name__}: {str(fault)[:200]}); without a network, give "
+                        "--pretrained a checkpoint file, or none for random weights")
+        finally:
+            logging.disable(logging.NOTSET)
+        config = {"model_cfg": open_clip.get_model_config(model), "preprocess_cfg": open_clip.model.get_model_preprocess_cfg(clip)}
+    if not hasattr(clip.visual, "transformer"):
+        raise Fault(f"{model} has no vision transformer; expected a ViT such as ViT-B-32-quickgelu")
+    return clip.eval().requires_grad_(False).to(device), config
+
+
+class Float32Conv2d(nn.Conv2d):
+    """A convolution that autocast leaves in float32."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+class Classifier(nn.Module):
+    """Zero-shot CLIP as a plain network: pixels (b, 3, h, w) in [0, 1] -> logits (b, classes), f(x) = s <z/|z|, t_c/|t_c|>.
+
+    Text features are computed once, here. With dtype bfloat16 the image tower runs under autocast, except the patch embedding: in bfloat16 it would
+    round the pixels by about as much as an attack moves them, a hidden defence worth 4.5 points at 1/255 (results/precision.py). Logits are float32.
+    """
+
+    def __init__(self, clip, config, classes, template="a photo of a {}.", dtype="float32", scale=None):
+        super().__init__()
+        self.scale = clip.logit_scale.exp().item() if scale is None else scale
+        self.clip, self.dtype = clip, getattr(torch, dtype)
+        self.size = clip.visual.preprocess_cfg["size"]
+        self.size = self.size if isinstance(self.size, int) else self.size[0]
+        device = clip.logit_scale.device
+        clip.visual.conv1.__class__ = Float32Conv2d
+        for key in ("mean", "std"):
+            self.register_buffer(key, torch.tensor(clip.visual.preprocess_cfg[key], device=device)[:, None, None])
+        tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=config["model_cfg"]["text_cfg"].get("context_length", 77))
+        tokens = tokenizer([template.format(name) for name in classes]).to(device)
+        with torch.no_grad():    # t_c / |t_c|   (classes, d)
+            self.register_buffer("text", torch.cat([clip.encode_text(t, normalize=True) for t in tokens.split(256)]))
+        self.eval()
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            z = self.clip.encode_image((x - self.mean) / self.std)                     # (b, d)
+        return self.scale * F.normalize(z.float(), dim=-1) @ self.text.T
+
+
+# ------------------------------------------------------------------------------------------------------------------------- evaluation
+def evaluate(classifier, x, y, eps, step=1 / 255, steps=100, seed=0, batch_size=128, settle=10):
+    """Clean accuracy, and accuracy under PGD with random start: at the final iterate, and at the best (an image is lost once any iterate breaks it).
+
+    classifier: eval-mode module from pixels to logits; x (n, 3, h, w) uint8 or float in [0, 1], y (n,). eps, step in pixels.
+    delta_0 ~ U(-eps, eps) from seed and the image's index alone; delta <- clip(delta + step sign(grad), -eps, eps); x + delta clipped to [0, 1].
+    The loss is cross-entropy summed over the batch. `settle`: an image broken in that many iterates in a row leaves the batch and counts as broken
+    at the final iterate; 0 attacks all images to the end. -> dict: clean, noise (the random start alone), pgd, pgd_best in %, zero_gradient (share
+    of images whose first gradient is 0), flags (sentences), outcomes (per image: how many of clean, pgd, pgd_best it survives, as a string).
+    """
+    assert not any(module.training for module in classifier.modules()), "the classifier must be in eval mode"
+    device = next(classifier.parameters()).device
+    n, won = len(y), torch.zeros(4, len(y), dtype=torch.bool)                          # clean, noise, final, best
+    zero = 0
+    for first in range(0, n, batch_size):
+        index = torch.arange(first, min(first + batch_size, n))
+        clean = (x[index].float() / 255 if x.dtype == torch.uint8 else x[index]).to(device)
+        label = y[index].to(device)
+        with torch.no_grad():
+            right = classifier(clean).argmax(1) == label
+        won[0, index] = right.cpu()
+        won[3, index] = right.cpu()
+        start = torch.stack([torch.rand(clean.shape[1:], generator=torch.Generator().manual_seed(seed * 1_000_003 + i)) for i in index.tolist()])
+        delta = (clean + (2 * start.to(device) - 1) * eps).clamp(0, 1) - clean
+        streak = torch.zeros(len(index), dtype=torch.long, device=device)              # broken iterates in a row
+        for t in range(steps + 1):
+            delta.requires_grad_(t < steps)
+            with torch.set_grad_enabled(t < steps):
+                logits = classifier(clean + delta)
+            right = logits.argmax(1) == label
+            won[3, index] &= right.cpu()
+            if t == 0:
+                won[1, index] = right.cpu()
+            if t == steps:
+                won[2, index] = right.cpu()
+                break
+            grad, = torch.autograd.grad(F.cross_entropy(logits, label, reduction="sum"), delta)
+            assert torch.isfinite(grad).all(), "the attack's gradient is not finite"
+            if t == 0:
+                zero += int((grad.flatten(1) == 0).all(1).sum())
+            streak = torch.where(right, 0, streak + 1)
+            keep = streak < settle if settle else torch.ones_like(right)
+            clean, label, delta, grad, streak, index = clean[keep], label[keep], delta[keep], grad[keep], streak[keep], index[keep.cpu()]
+            if not len(index):
+                break
+            delta = (delta.detach() + step * grad.sign()).clamp(-eps, eps)
+            delta = (clean + delta).clamp(0, 1) - clean
+            assert delta.abs().max() <= eps + 1e-6 and (clean + delta).min() >= 0 and (clean + delta).max() <= 1, "the attack left the ball"
+    result = dict(zip(("clean", "noise", "pgd", "pgd_best"), (100 * won.double().mean(1)).tolist()), zero_gradient=zero / n)
+    result["flags"] = [sentence for wrong, sentence in (
+        (result["zero_gradient"] > 0.01, f"the first gradient is zero on {100 * zero / n:.1f} % of the images: gradients may be masked"),
+        (eps > 0 and result["noise"] < result["pgd"], "random noise of the same size hurts more than the attack"),
+        (result["pgd_best"] > result["clean"], "robust accuracy exceeds clean accuracy"),
+    ) if wrong]
+    result["outcomes"] = "".join(map(str, (won[0].int() + won[2].int() + won[3].int()).tolist()))
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------------------------ files
+def write(path, content):
+    """Write bytes under a temporary name beside `path`, then rename: the file is whole or absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def run_folder(args, method):
+    """<out>/<method>-<dataset>-<model>-<shots>shot-seed<seed>, created now so that a folder that cannot be written fails before the training."""
+    model = args.model.replace("local-dir:", "").strip("/").replace("/", "-")
+    if args.export:
+        check_new(args.export)
+    folder = args.out / f"{method}-{args.dataset}-{model}-{args.shots}shot-seed{args.seed}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / ".probe", b"")
+        (folder / ".probe").unlink()
+    except OSError as fault:
+        raise Fault(f"cannot write to {folder} ({fault.strerror}); choose another folder with --out")
+    return folder
+
+
+def save_adapter(path, tensors, metadata):
+    """safetensors file with string metadata, whole or absent."""
+    write(path, safetensors.torch.save({k: v.contiguous().cpu() for k, v in tensors.items()}, {k: str(v) for k, v in metadata.items()}))
+
+
+def load_adapter(path, method, model, needs=()):
+    """-> tensors, metadata (with the keys `needs`) of an adapter file, or of the one in a run's folder. Raises Fault where it is missing, broken or
+    of another kind."""
+    path = path / "adapter.safetensors" if path.is_dir() else path
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
+    except FileNotFoundError:
+        raise Fault(f"adapter {path} does not exist; expected an adapter.safetensors or the folder of a run")
+    except Exception as fault:    # safetensors has one error class for every broken header
+        raise Fault(f"adapter {path} cannot be read ({fault})")
+    missing = {"method", "model", *needs} - set(metadata)
+    if missing:
+        raise Fault(f"adapter {path} does not say its {', '.join(sorted(missing))}; expected a file that this program saved")
+    for key, expected in (("method", method), ("model", model)):
+        if metadata.get(key) != expected:
+            raise Fault(f"adapter {path} was made with {key} {metadata.get(key)!r}, but this run has {expected!r}")
+    return tensors, metadata
+
+
+def describe(args, method):
+    """String-able facts that make a run repeatable: every argument, versions, commit."""
+    git, commit = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"], ""
+    with contextlib.suppress(OSError):
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    versions = {m.__name__: m.__version__ for m in (torch, torchvision, open_clip)}
+    plain = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(args).items()}
+    return {"method": method, **plain, "versions": versions, "commit": commit}
+
+
+def save_result(folder, args, method, **facts):
+    """<folder>/result.json: arguments, versions, device, seconds, peak memory, and what the program gives (before, after, ...)."""
+    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    facts = {**describe(args, method), "device_name": device, "peak_memory_mib": round(peak_memory(args.device)), **facts}
+    write(folder / "result.json", (json.dumps(facts, indent=1) + "\n").encode())
+
+
+def peak_memory(device):
+    """MiB: the GPU's peak allocation, or the process's largest resident size."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource  # Unix only
+    except ImportError:
+        return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def check_new(folder):
+    """Raises Fault where --export would overwrite something."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise Fault(f"--export {folder} exists and is not empty; choose a new folder")
+
+
+def export(clip, config, folder):
+    """Write the model as an open_clip folder: open_clip.create_model_and_transforms('local-dir:FOLDER') gives the same logits."""
+    check_new(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        preprocess = {k: v for k, v in config["preprocess_cfg"].items() if k in ("mean", "std", "interpolation", "resize_mode")}
+        (scratch / "open_clip_config.json").write_text(json.dumps({"model_cfg": config["model_cfg"], "preprocess_cfg": preprocess}, indent=1))
+        weights = safetensors.torch.save({k: v.contiguous().cpu() for k, v in clip.state_dict().items()})
+        (scratch / "open_clip_model.safetensors").write_bytes(weights)
+        scratch.chmod(0o755)
+        os.replace(scratch, folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def table(rows, steps):
+    """Print rows of (name, result of evaluate): clean | PGD final iterate | PGD best iterate."""
+    print(f"\n{'':12} | {'clean':>6} | {f'PGD-{steps}':>8} | {f'PGD-{steps} best':>12}")
+    for name, r in rows:
+        print(f"{name:12} | {r['clean']:6.2f} | {r['pgd']:8.2f} | {r['pgd_best']:12.2f}")
+    for name, r in rows:
+        for flag in r["flags"]:
+            print(f"WARNING ({name}): {flag}")

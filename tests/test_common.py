@@ -1,0 +1,389 @@
+"""common.py against the published index files, closed forms, and open_clip's own code."""
+import errno
+import json
+import math
+import os
+import pathlib
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import common
+
+# Accuracies of the small CLIP on the embedded test set, in %, at its default eps
+ZERO_SHOT_CLEAN = 75
+ZERO_SHOT_PGD = 10
+BFLOAT16_NOISE = 2    # points between float32 and bfloat16, on 60 images: one of them
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- few shots
+@pytest.mark.parametrize("name, split", [("caltech101", "caltech-101/split_zhou_Caltech101.json"),
+                                         ("oxford_pets", "splits/split_zhou_OxfordPets.json")])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("k", [1, 2, 4, 8, 16])
+def test_few_shot_is_the_published_draw(data_root, name, split, k, seed):
+    parsed = json.loads((data_root / split).read_text())
+    train, val = common.few_shot(parsed["train"], parsed["val"], k, seed)
+    published = json.loads((data_root / "fewshot_indices" / name / f"shot_{k}-seed_{seed}.json").read_text())
+    for mine, part in ((train, "train"), (val, "val")):
+        theirs = published[part]["data"]
+        assert len(mine) == len(theirs)
+        for (path, label, class_name), item in zip(mine, theirs):
+            assert item["impath"].endswith("/" + path) and (item["label"], item["classname"]) == (label, class_name)
+
+
+def items_of(counts):
+    return [common.Item(f"{label}-{i}", label, f"c{label}") for label, n in enumerate(counts) for i in range(n)]
+
+
+def test_few_shot_gives_all_of_a_small_class():
+    train, val = common.few_shot(items_of([5, 2, 4]), items_of([1, 9, 9]), 4, seed=1)
+    assert [sum(i.label == c for i in train) for c in range(3)] == [4, 2, 4]
+    assert [sum(i.label == c for i in val) for c in range(3)] == [1, 4, 4]
+    assert len(set(train)) == len(train)
+
+
+@pytest.mark.parametrize("n, base", [(2, 1), (5, 3), (10, 5), (101, 51)])
+def test_half_is_coops_base_and_new(n, base):
+    items = items_of([2] * n)
+    data = common.Data([f"c{i}" for i in range(n)], "a {}.", items, items[::2], items)
+    parts = {part: common.half(data, part) for part in ("all", "base", "new")}
+    assert parts["all"] == data
+    assert parts["base"].classes == data.classes[:base] and parts["new"].classes == data.classes[base:]
+    for half in (parts["base"], parts["new"]):
+        for some in half[2:]:
+            assert sorted({i.label for i in some}) == list(range(len(half.classes)))
+            assert all(half.classes[i.label] == i.name for i in some)
+    seen = [{i.image for i in parts[p].test} for p in ("base", "new")]
+    assert not seen[0] & seen[1] and seen[0] | seen[1] == {i.image for i in items}
+
+
+# ----------------------------------------------------------------------------------------------------------------------------- datasets
+def test_caltech101_is_the_published_split(data_root):
+    data = common.load_dataset("caltech101", data_root)
+    assert [len(part) for part in data[2:]] == [4128, 1649, 2465] and len(data.classes) == 100
+    assert data.classes[0] == "face" and not any("_" in name for name in data.classes)
+    assert all(item.image.is_file() for item in data.test)
+
+
+def test_embedded_is_balanced(embedded):
+    for part, each in zip(embedded[2:], (16, 4, 20)):
+        assert np.bincount([i.label for i in part]).tolist() == [each] * 10
+
+
+def test_folder_splits_every_class(tmp_path, picture_folder):
+    data = common.load_folder(picture_folder(tmp_path / "d", ("b_x", "a"), 10))
+    assert data.classes == ["a", "b x"]
+    for label, folder in enumerate(("a", "b_x")):
+        parts = [{i.image for i in part if i.label == label} for part in data[2:]]
+        assert [len(p) for p in parts] == [5, 2, 3]
+        assert set.union(*parts) == set((tmp_path / "d" / folder).iterdir())
+    assert common.load_folder(tmp_path / "d") == data, "the split must not change between runs"
+
+
+def test_folder_takes_names_from_classnames_txt(tmp_path, picture_folder):
+    picture_folder(tmp_path / "d", ("n02", "n01"))
+    (tmp_path / "d" / "classnames.txt").write_text("tabby cat\n\nsled dog\n")
+    data = common.load_folder(tmp_path / "d")
+    assert data.classes == ["tabby cat", "sled dog"]
+    assert {i.name for i in data.test if "n01" in str(i.image)} == {"tabby cat"}
+
+
+def test_test_view_is_open_clips(tmp_path):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 131, 3), dtype=np.uint8))
+    picture.save(tmp_path / "p.png")
+    x, y = common.test_set([common.Item(tmp_path / "p.png", 3, "c")], 64)
+    theirs = open_clip.image_transform(64, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))(picture)
+    assert x.dtype == torch.uint8 and y.tolist() == [3]
+    torch.testing.assert_close(x[0] / 255, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("augment", ["crop", "none"])
+def test_batches_cover_every_epoch(embedded, augment):
+    items = [item._replace(label=i) for i, item in enumerate(embedded.train[:12])]
+    args = SimpleNamespace(batch_size=4, device="cpu", augment=augment)
+    torch.manual_seed(0)
+    drawn = list(common.batches(items, 64, args, steps=6))
+    assert len(drawn) == 6 and all(x.shape == (4, 3, 64, 64) and x.min() >= 0 and 0.5 < x.max() <= 1 for x, _ in drawn)
+    epochs = [torch.cat([y for _, y in drawn[i:i + 3]]).tolist() for i in (0, 3)]
+    assert [sorted(e) for e in epochs] == [list(range(12))] * 2 and epochs[0] != epochs[1]
+    views, _ = common.test_set(items, 64)
+    for x, y in drawn:
+        assert torch.equal(x, views[y] / 255) == (augment == "none")
+    args.batch_size = 32
+    assert [len(y) for _, y in common.batches(items, 64, args, steps=2)] == [12, 12]
+
+
+def test_limit_is_a_fixed_subset(embedded):
+    args = SimpleNamespace(split="val", test_limit=7)
+    x, y = common.test_split(embedded, args, 64)
+    again, _ = common.test_split(embedded, args, 64)
+    full, _ = common.test_set(embedded.val, 64)
+    assert len(y) == 7 and torch.equal(x, again)
+    assert all((full == picture).flatten(1).all(1).any() for picture in x)
+
+
+# ----------------------------------------------------------------------------------------------------------------------- the classifier
+def test_classifier_is_scaled_cosine_of_normalised_pixels(tiny, embedded, images):
+    clip, config = tiny
+    x, _ = images
+    net = common.Classifier(clip, config, embedded.classes, "a photo of a {}.")
+    cfg = config["preprocess_cfg"]
+    mean, std = (torch.tensor(cfg[k]).reshape(1, 3, 1, 1) for k in ("mean", "std"))
+    tokenizer = open_clip.SimpleTokenizer(context_length=config["model_cfg"]["text_cfg"]["context_length"])
+    tokens = tokenizer([f"a photo of a {c}." for c in embedded.classes])
+    z, t = clip.encode_image((x - mean) / std), clip.encode_text(tokens)
+    expected = clip.logit_scale.exp() * torch.cosine_similarity(z[:, None], t[None], dim=-1)
+    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)
+    scaled = common.Classifier(clip, config, embedded.classes, "a photo of a {}.", scale=100.0)(x)
+    torch.testing.assert_close(scaled, 100 * expected / clip.logit_scale.exp(), rtol=1e-4, atol=1e-3)
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+
+
+def test_bfloat16_gives_float32_logits_close_to_float32(tiny, embedded, images):
+    low, full = (common.Classifier(*tiny, embedded.classes, embedded.template, dtype)(images[0]) for dtype in ("bfloat16", "float32"))
+    assert low.dtype == torch.float32 and 0 < (low - full).abs().max() < 0.05 * tiny[0].logit_scale.exp()
+
+
+# ----------------------------------------------------------------------------------------------------------------------------- evaluate
+def test_evaluate_reaches_the_closed_form_on_a_linear_classifier(linear):
+    results = [common.evaluate(linear.net, linear.x, linear.y, linear.eps, linear.eps / 2, steps=30, settle=settle) for settle in (0, 10)]
+    for result in results:
+        assert result["clean"] == 100 * (linear.margin > 0).double().mean().item()
+        assert result["pgd"] == result["pgd_best"] == 100 * (linear.worst > 0).double().mean().item()
+        assert result["clean"] >= result["noise"] > result["pgd"] and result["zero_gradient"] == 0 and result["flags"] == []
+        assert result["outcomes"] == "".join(str((1 + 2 * bool(w > 0)) if m > 0 else 0) for m, w in zip(linear.margin, linear.worst))
+    assert results[0] == results[1]
+
+
+def test_settled_images_leave_the_batch(linear):
+    rows = []
+    for settle in (0, 3):
+        linear.net.inputs.clear()
+        common.evaluate(linear.net, linear.x, linear.y, linear.eps, linear.eps / 2, steps=20, settle=settle)
+        rows.append([len(x) for x in linear.net.inputs])
+    assert rows[0] == [40] * 22
+    assert rows[1][-1] == (linear.worst > 0).sum() and sorted(rows[1], reverse=True) == rows[1]
+
+
+def test_evaluate_takes_uint8_and_needs_eval_mode(linear):
+    x = (255 * linear.x).round()
+    as_float, as_bytes = (common.evaluate(linear.net, v, linear.y, linear.eps, steps=3) for v in (x / 255, x.to(torch.uint8)))
+    assert as_float == as_bytes
+    with pytest.raises(AssertionError, match="eval"):
+        common.evaluate(linear.net.train(), linear.x, linear.y, linear.eps)
+
+
+def test_evaluate_stays_in_the_ball_and_sums_the_loss(linear, monkeypatch):
+    grads, grad = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: grads.append(grad(*a, **k)[0]) or (grads[-1],))
+    x = torch.cat([linear.x[:4], torch.zeros_like(linear.x[:2]), torch.ones_like(linear.x[:2]), linear.x[:2].round() * 0.998 + 0.001])
+    y = torch.arange(10) % 2
+    common.evaluate(linear.net, x, y, 0.05, 0.03, steps=6, settle=0)
+    clean, *iterates = linear.net.inputs
+    assert torch.equal(clean, x) and len(iterates) == 7
+    for iterate in iterates:
+        assert (iterate - x).abs().max() <= 0.05 + 1e-6 and iterate.min() >= 0 and iterate.max() <= 1
+    for iterate, g in zip(iterates, grads):    # d CE / d x = (softmax - onehot) W, with no 1 / batch
+        p = (iterate.flatten(1) @ linear.net.W.T + linear.net.b).softmax(1) - torch.eye(2)[y]
+        torch.testing.assert_close(g.flatten(1), (p @ linear.net.W).detach(), rtol=1e-4, atol=1e-5)
+    assert all(p.grad is None for p in linear.net.parameters())
+
+
+def test_starts_are_uniform_and_belong_to_seed_and_image(linear):
+    def starts(batch_size, seed):
+        linear.net.inputs.clear()
+        common.evaluate(linear.net, linear.x, linear.y, 0.1, steps=1, batch_size=batch_size, seed=seed, settle=0)
+        return torch.cat(linear.net.inputs[1::3]) - linear.x
+    whole, single, other = starts(64, 0), starts(1, 0), starts(64, 1)
+    assert torch.equal(whole, single)
+    assert not torch.isclose(whole, other).flatten(1).all(1).any()
+    assert not torch.isclose(whole[1:], whole[:-1]).flatten(1).all(1).any()
+    # 1920 draws from U(-0.1, 0.1): extremes at the bounds, standard deviation 0.1 / sqrt(3)
+    assert whole.min() < -0.099 and whole.max() > 0.099 and abs(whole.std().item() - 0.1 / math.sqrt(3)) < 0.003
+
+
+@pytest.mark.parametrize("settle", [0, 2])
+def test_outcomes_do_not_depend_on_the_batch_size(settle):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(48, 32), nn.Tanh(), nn.Linear(32, 5)).eval()
+    x = torch.rand(23, 3, 4, 4)
+    y = net(x).argmax(1)
+    results = [common.evaluate(net, x, y, 0.05, 0.02, steps=8, batch_size=b, settle=settle) for b in (1, 7, 64)]
+    assert results[0] == results[1] == results[2]
+    assert len(set(results[0]["outcomes"])) > 1, "the problem must be neither too easy nor too hard"
+
+
+class Scripted(nn.Module):
+    """Right (R) or wrong (W) at each call, as scripted: clean, start, iterate 1, 2, ..."""
+
+    def __init__(self, script):
+        super().__init__()
+        self.script, self.calls, self.w = script, 0, nn.Parameter(torch.tensor(1e-3))
+        self.eval()
+
+    def forward(self, x):
+        right, self.calls = self.script[self.calls] == "R", self.calls + 1
+        return torch.tensor([[1.0, 0.0]] if right else [[0.0, 1.0]]) + self.w * x.flatten(1).sum(1, keepdim=True) * torch.tensor([0.0, 1e-2])
+
+
+@pytest.mark.parametrize("script, settle, clean, noise, pgd, best, outcome", [
+    ("RRRRRR", 0, 100, 100, 100, 100, "3"),
+    ("RRWWRR", 0, 100, 100, 100, 0, "2"),    # broken on the way, right at the end: only the best iterate counts it as lost
+    ("RRWWRR", 3, 100, 100, 100, 0, "2"),
+    ("RRWWRR", 2, 100, 100, 0, 0, "1"),      # broken twice in a row: it leaves
+    ("RRWRWR", 2, 100, 100, 100, 0, "2"),    # broken twice, not in a row: it stays
+    ("RWRRRR", 0, 100, 0, 100, 0, "2"),
+    ("RRRRRW", 0, 100, 100, 0, 0, "1"),
+    ("WRRRRR", 0, 0, 100, 100, 0, "1"),      # never right on the clean image, so never robust at best
+])
+def test_final_and_best_iterate(script, settle, clean, noise, pgd, best, outcome):
+    net = Scripted(script)
+    result = common.evaluate(net, torch.full((1, 3, 2, 2), 0.5), torch.tensor([0]), 0.1, 0.05, steps=4, settle=settle)
+    assert (result["clean"], result["noise"], result["pgd"], result["pgd_best"], result["outcomes"]) == (clean, noise, pgd, best, outcome)
+    assert net.calls == (4 if (script, settle) == ("RRWWRR", 2) else 6)
+    assert any("noise" in flag for flag in result["flags"]) == (noise < pgd)
+
+
+def test_zero_gradients_are_flagged(linear):
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = linear.net
+
+        def forward(self, x):
+            return (self.net(x) * 1e4).round() + 0 * self.net(x)
+    result = common.evaluate(Flat().eval(), linear.x, linear.y, linear.eps, steps=2)
+    assert result["zero_gradient"] == 1 and any("gradient" in flag for flag in result["flags"])
+
+
+@pytest.fixture(scope="module")
+def zero_shot(embedded):
+    clip, config = common.load_clip("tiny")
+    net = common.Classifier(clip, config, embedded.classes, embedded.template)
+    return common.evaluate(net, *common.test_set(embedded.test, net.size), common.TINY_EPS)
+
+
+@pytest.mark.numbers
+def test_the_small_clip_is_accurate_and_not_robust(zero_shot):
+    assert zero_shot["clean"] >= ZERO_SHOT_CLEAN
+    assert zero_shot["pgd_best"] <= zero_shot["pgd"] < ZERO_SHOT_PGD < zero_shot["noise"]
+    assert zero_shot["zero_gradient"] == 0 and zero_shot["flags"] == []
+
+
+@pytest.mark.numbers
+def test_bfloat16_attacks_like_float32(tiny, embedded):
+    x, y = common.test_set(embedded.test[::3][:60], 64)
+    # a third of the default radius, where accuracy is neither 0 nor 100
+    full, low = (common.evaluate(common.Classifier(*tiny, embedded.classes, embedded.template, dtype), x, y, common.TINY_EPS / 3, steps=5)
+                 for dtype in ("float32", "bfloat16"))
+    assert abs(full["clean"] - low["clean"]) <= BFLOAT16_NOISE and abs(full["pgd"] - low["pgd"]) <= BFLOAT16_NOISE
+
+
+# -------------------------------------------------------------------------------------------------------------------------------- files
+def full_disk(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_write_makes_folders_and_replaces(tmp_path, files_in):
+    path = tmp_path / "a" / "b.json"
+    for content in (b"one", b"two"):
+        common.write(path, content)
+        assert path.read_bytes() == content
+    assert files_in(tmp_path) == ["a/b.json"]
+
+
+@pytest.mark.parametrize("old", [None, b"old"])
+@pytest.mark.parametrize("where", ["rename", "write"])
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, files_in, where, old):
+    path = tmp_path / "b.json"
+    if old:
+        path.write_bytes(old)
+    if where == "rename":
+        monkeypatch.setattr(os, "replace", full_disk)
+    else:
+        whole = pathlib.Path.write_bytes
+        monkeypatch.setattr(pathlib.Path, "write_bytes", lambda self, content: whole(self, content[:2]) and full_disk())
+    with pytest.raises(OSError):
+        common.write(path, b"new")
+    monkeypatch.undo()
+    assert files_in(tmp_path) == (["b.json"] if old else []) and (not old or path.read_bytes() == old)
+
+
+def test_a_write_killed_before_the_rename_keeps_the_old_file(tmp_path):
+    path = tmp_path / "b.json"
+    path.write_bytes(b"old")
+    child = os.fork()
+    if child == 0:
+        os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            common.write(path, b"new")
+        finally:
+            os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL and path.read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("fault, words", [
+    (common.Fault("two\nlines"), "two lines"), (OSError(errno.ENOSPC, "No space left on device"), "disk is full"),
+    (PermissionError(errno.EACCES, "Permission denied", "/x/y"), "/x/y"), (KeyboardInterrupt(), "interrupted")])
+def test_guard_says_one_sentence_and_exits_2(capsys, fault, words):
+    def main():
+        raise fault
+    with pytest.raises(SystemExit) as stop:
+        common.guard(main)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and words in err
+
+
+def test_guard_lets_bugs_through():
+    with pytest.raises(ZeroDivisionError):
+        common.guard(lambda: 1 / 0)
+
+
+def test_describe_needs_no_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    facts = common.describe(SimpleNamespace(out=tmp_path, eps=0.5), "m")
+    assert (facts["method"], facts["out"], facts["eps"]) == ("m", str(tmp_path), 0.5) and facts["versions"]["torch"] == torch.__version__
+
+
+def test_an_adapter_carries_its_metadata(tmp_path):
+    tensors = {"a": torch.arange(5, dtype=torch.uint8)}
+    common.save_adapter(tmp_path / "adapter.safetensors", tensors, {"method": "m", "model": "tiny", "shots": 4})
+    for path in (tmp_path, tmp_path / "adapter.safetensors"):
+        back, metadata = common.load_adapter(path, "m", "tiny")
+        assert torch.equal(back["a"], tensors["a"]) and metadata["shots"] == "4"
+    for method, model in (("other", "tiny"), ("m", "ViT-B-32")):
+        with pytest.raises(common.Fault, match="was made with"):
+            common.load_adapter(tmp_path, method, model)
+
+
+# ------------------------------------------------------------------------------------------------------------------------------- export
+def test_an_exported_folder_gives_the_same_logits(tiny, classifier, images, embedded, tmp_path):
+    clip, config = tiny
+    common.export(clip, config, tmp_path / "x")
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o755 and [p.name for p in tmp_path.iterdir()] == ["x"]
+    written, stored = (json.loads((folder / "open_clip_config.json").read_text()) for folder in (tmp_path / "x", common.HERE / "tiny"))
+    assert written == stored
+    theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'x'}")
+    assert set(theirs.state_dict()) == set(clip.state_dict())
+    logits = common.Classifier(theirs.eval(), config, embedded.classes, embedded.template)(images[0])
+    torch.testing.assert_close(logits, classifier(images[0]), rtol=1e-5, atol=1e-5)
+    # and through this house's own loader, to be exported again
+    clip, config = common.load_clip(f"local-dir:{tmp_path / 'x'}")
+    common.export(clip, config, tmp_path / "y")
+    for name in ("open_clip_config.json", "open_clip_model.safetensors"):
+        assert (tmp_path / "x" / name).read_bytes() == (tmp_path / "y" / name).read_bytes()
+
+
+def test_export_refuses_a_folder_with_files(tiny, tmp_path, files_in):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "mine").write_text("")
+    with pytest.raises(common.Fault, match="not empty"):
+        common.export(*tiny, tmp_path / "x")
+    assert files_in(tmp_path) == ["x/mine"]
