@@ -33,8 +33,7 @@ add("--layers", default="mhsa", choices=["mhsa", "mlp", "both"], help="masked we
 add("--init", type=float, default=1e-2, help="start of every entry of M (our choice: R-AMT's)")
 add("--threshold", type=float, default=5e-3, help="alpha: an entry of at most alpha switches its weight off (our choice: R-AMT's)")
 add("--loss", default="lafa", choices=["ce", "js", "kl", "align", "lafa"], help="CE alone, or CE + lambda times JS, KL, alignment, LAFA")
-add("--lam", type=common.at_least(0, float), default=50, help="lambda, at CLIP's logit scale of 100")
-add("--lam-scaling", default="logit", choices=["logit", "none"], help="logit: the loss uses lambda * logit scale / 100 (our choice)")
+add("--lam", type=common.at_least(0, float), default=50, help="lambda")
 add("--eps-w", type=common.at_least(0, float), default=1e-6, help="epsilon_w in LAFA's weight (our choice)")
 add("--features", default="cls", choices=["cls", "mean"], help="a block's feature: CLS token, or mean over tokens (our choice)")
 add("--raw", action="store_true", help="do not scale features to unit length before comparing them (our choice: unit length)")
@@ -232,10 +231,9 @@ def main():
         cosine = [0.5 * (1 + math.cos(math.pi * t / steps)) for t in range(steps)]
         # a step moves an average entry by at most lr, so sum_t lr_t / (init - alpha) is how many times over it could cross the threshold
         lr = args.lr if args.lr is not None else args.budget * (args.init - args.threshold) / sum(cosine)
-        lam = args.lam * (classifier.scale / 100 if args.lam_scaling == "logit" else 1)
         M = [mask.M for mask in masks.values()]
         optimizer = torch.optim.SGD(M, lr, momentum=0.9, dampening=0.9) if args.optimizer == "sgd" else torch.optim.Adam(M, lr)
-        print(f"{steps} steps of {min(args.batch_size, len(train))} images, lr {lr:.2e}, loss {args.loss}, lambda {lam:.3g}")
+        print(f"{steps} steps of {min(args.batch_size, len(train))} images, lr {lr:.2e}, loss {args.loss}, lambda {args.lam:g}")
         for t, (x, y) in enumerate(common.batches(train, classifier.size, args, steps)):
             optimizer.param_groups[0]["lr"] = lr * cosine[t]
             with parametrize.cached():                       # theta' is computed once a step, not once per forward pass
@@ -248,7 +246,7 @@ def main():
                 ce = F.cross_entropy(logits_adv, y)
                 align = consistency(args.loss, logits_clean, logits_adv, z_clean, z_adv, y, args.eps_w)
                 optimizer.zero_grad()
-                (ce + lam * align).backward()
+                (ce + args.lam * align).backward()
             if args.optimizer == "sgd":                      # M <- M - gamma dL/dM_bin, in units of the gradient's root mean square over all masks
                 rms = (sum(m.grad.square().sum() for m in M) / masked).sqrt()
                 for m in M:

@@ -517,12 +517,12 @@ def load_adapter(path, method, model, needs=()):
 
 
 def describe(args, method):
-    """String-able facts that make a run repeatable: every argument, versions, commit."""
+    """Facts that make a run repeatable: every argument but the folders of this machine, versions, commit."""
     git, commit = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"], ""
     with contextlib.suppress(OSError):
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     versions = {m.__name__: m.__version__ for m in (torch, torchvision, open_clip)}
-    plain = {k: str(v) if isinstance(v, pathlib.Path) else v for k, v in vars(args).items()}
+    plain = {k: v for k, v in vars(args).items() if k not in ("data_root", "out", "load", "export")}
     return {"method": method, **plain, "versions": versions, "commit": commit}
 
 

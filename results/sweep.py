@@ -20,37 +20,23 @@ import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
 BOTH, SEEDS = ("embedded", "caltech101"), (1, 2, 3)
-VAL = "advmask.py --split val --test-steps 20 --steps 100"          # arguments are chosen on val, with a cheaper attack and short runs
-GIVEN = f"{VAL} --lam-scaling none"                                 # lambda as given, whatever the logit scale
-NOTHING = "advmask.py --steps 1 --lr 0"                             # masks of ones: zero-shot
+VAL = "advmask.py --split val --test-steps 20 --steps 150 --test-limit 200"    # arguments are chosen on val, with a cheaper attack
+FINETUNE = VAL.replace("advmask", "baselines/finetune")
+NOTHING = "advmask.py --steps 1 --lr 0 --test-limit 400"                        # masks of ones: zero-shot
 # table -> (datasets, seeds, {row: command})
 TABLES = {
     "main": (BOTH, SEEDS, {"AdvMask": "advmask.py", "full fine-tuning": "baselines/finetune.py"}),
     "eps": (BOTH, (1,), {f"zero-shot, eps {k}/255": f"{NOTHING} --eps {k}/255" for k in (1, 2, 3, 4)}),
     "choices": (("caltech101",), (1,), {
         "defaults": VAL,
-        "--lam 0 (CE alone)": f"{VAL} --lam 0",
-        "--lam 15": f"{VAL} --lam 15",
-        "--lam 150": f"{VAL} --lam 150",
-        "--budget 6": f"{VAL} --budget 6",
-        "--budget 24": f"{VAL} --budget 24",
-        "--layers mlp": f"{VAL} --layers mlp",
-        "--layers both": f"{VAL} --layers both",
-        "--features mean": f"{VAL} --features mean",
-        "--raw --lam 0.5": f"{VAL} --raw --lam 0.5",
-        "--raw": f"{VAL} --raw",
-        "--attached": f"{VAL} --attached",
-        "--augment none": f"{VAL} --augment none",
-        "--loss align": f"{VAL} --loss align",
-        "--loss js": f"{VAL} --loss js",
-        "--loss kl": f"{VAL} --loss kl",
-        "--steps 400": VAL.replace("100", "400"),
-        "fine-tuning --lr 3e-5": VAL.replace("advmask", "baselines/finetune") + " --lr 3e-5",
-        "fine-tuning --lr 1e-4": VAL.replace("advmask", "baselines/finetune") + " --lr 1e-4",
-        "fine-tuning --lr 3e-4": VAL.replace("advmask", "baselines/finetune") + " --lr 3e-4",
+        **{row: f"{VAL} {row}" for row in (
+            "--lam 0", "--lam 10", "--lam 150", "--lam 500", "--budget 1", "--budget 10", "--optimizer adam --budget 3",
+            "--optimizer adam --budget 12", "--layers mlp", "--layers both", "--features mean", "--raw --lam 0.5", "--attached", "--augment none",
+            "--loss align", "--loss js", "--loss kl", "--steps 400")},
+        **{f"full fine-tuning {more}": f"{FINETUNE} {more}" for more in ("--lr 3e-5", "--lr 1e-4", "--lr 3e-4")},
     }),
     "logit-scale": (("caltech101",), (1,), {
-        f"s = {s}, lambda {lam}": f"{GIVEN} --logit-scale {s} --lam {lam}" for s in (16, 100) for lam in (0, 2.5, 8, 25, 80, 250)}),
+        f"s = {s}, lambda {lam}": f"{VAL} --logit-scale {s} --lam {lam}" for s in (17, 100) for lam in (0, 10, 50, 250)}),
 }
 
 
@@ -67,8 +53,7 @@ def commands(name, root):
             script, *rest = command.split()
             for seed in seeds:
                 fixed = ["--model", "tiny", "--dataset", dataset, "--seed", str(seed), "--data-root", str(root)]
-                limit = ["--test-limit", "400" if name == "eps" else "300"] if dataset != "embedded" and name != "main" else []
-                yield result(name, dataset, row, seed), [sys.executable, str(HERE.parent / script), *rest, *limit, *fixed]
+                yield result(name, dataset, row, seed), [sys.executable, str(HERE.parent / script), *rest, *fixed]
 
 
 def run(file, command, jobs):

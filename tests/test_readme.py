@@ -1,0 +1,26 @@
+"""The README's tables are what results/sweep.py prints from the JSON files."""
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+HERE = pathlib.Path(__file__).resolve().parent.parent
+
+
+def test_the_tables_are_what_the_command_prints():
+    command = [sys.executable, HERE / "results" / "sweep.py", "--table"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    blocks = dict(re.findall(r"<!-- table (\S+) -->\n(.*?)\n?<!-- end -->", printed, re.DOTALL))
+    shown = dict(re.findall(r"<!-- table (\S+) -->\n(.*?)\n?<!-- end -->", (HERE / "README.md").read_text(), re.DOTALL))
+    assert len(shown) >= 2 and all(shown[name] == blocks[name] for name in shown)
+
+
+def test_the_model_card_states_what_was_measured():
+    card, facts = (HERE / "tiny" / "README.md").read_text(), json.loads((HERE / "tiny" / "pretrain.json").read_text())
+    for key in ("zero_shot_caltech101_test", "zero_shot_embedded_test", "logit_scale"):
+        assert f"{facts[key]}" in card
+    for key in ("seconds", "image_tower_parameters", "bytes", "tokens_seen"):
+        assert f"{facts[key]:,}" in card
+    assert (HERE / "tiny" / "weights.safetensors").stat().st_size == facts["bytes"] <= 12e6
+    assert facts["zero_shot_caltech101_test"] >= 55 and facts["zero_shot_embedded_test"] >= 75
