@@ -4,7 +4,7 @@ Paper: "Identifying Robust Neural Pathways: Few-Shot Adversarial Mask Tuning for
 https://openreview.net/forum?id=kzGkXpW4FT. This is an independent implementation; what the paper does not state is an argument marked
 "(our choice)", with the measurement behind its default in the README, "Where the papers are silent".
 
-    python advmask.py                                                # small CLIP, embedded data: no download, about 3 minutes on 2 CPU cores
+    python advmask.py                                                # small CLIP, embedded data: no download, about 4 minutes on 2 CPU cores
     python advmask.py --model tiny --dataset caltech101              # small CLIP, real photographs
     python advmask.py --dataset caltech101 --shots 16                # OpenAI ViT-B/32, as published: eps 1/255, PGD-100
 
@@ -13,7 +13,8 @@ stays frozen, only M is trained, on adversarial images, through a straight-throu
 
     min over M  E[ CE(f_theta'(x~), y) + lambda * L_LAFA ],   x~ = x + argmax over |delta| <= eps of CE(f_theta'(x + delta), y)
 
-EVIDENCE
+Evidence (README): small CLIP, embedded data, 16 shots, eps 3/255, seeds 1-3, two CPU cores, torch 2.14, open_clip 3.3: clean 82.0 -> 65.2 +- 0.8,
+PGD-100 6.0 -> 36.2 +- 2.3, with 4.4 % of the masked weights switched off. ViT-B/32 with CLIP's weights has not been run here.
 """
 import math
 import time
@@ -187,7 +188,8 @@ def pack(masks):
 
 def unpack(masks, tensors):
     """Leave M at init (bit 1) or set it to alpha (bit 0: off). Raises Fault where names or sizes differ."""
-    if {k: (m.M.numel() + 7) // 8 for k, m in masks.items()} != {k: v.numel() for k, v in tensors.items()}:
+    expected = {k: ((m.M.numel() + 7) // 8, torch.uint8) for k, m in masks.items()}
+    if expected != {k: (v.numel(), v.dtype) for k, v in tensors.items()}:
         raise common.Fault("the adapter's weights are not those that --layers masks in this model; use the --model and --layers it was made with")
     for name, mask in masks.items():
         bits = np.unpackbits(tensors[name].numpy(), count=mask.M.numel()).reshape(mask.M.shape)
@@ -199,7 +201,9 @@ def main():
     args = common.parse(parser)
     start = time.time()
     train_step = args.eps if args.train_step is None else args.train_step
-    folder = common.run_folder(args, "advmask")
+    folder, metadata = common.run_folder(args, "advmask"), common.describe(args, "advmask")
+    if args.load:
+        tensors, metadata = common.load_adapter(args.load, "advmask", args, ["layers"])
     data = common.half(common.load_dataset(args.dataset, args.data_root), args.classes)
     clip, config = common.load_clip(args.model, args.pretrained, args.device)
     classifier = common.Classifier(clip, config, data.classes, data.template, args.dtype, args.logit_scale)
@@ -214,9 +218,7 @@ def main():
     print(f"zero-shot: clean {before['clean']:.2f}, PGD-{args.test_steps} {before['pgd']:.2f}  ({time.time() - start:.0f} s)", flush=True)
 
     vision, total = (sum(p.numel() for p in m.parameters()) for m in (clip.visual, clip))
-    metadata = common.describe(args, "advmask")
     if args.load:
-        tensors, metadata = common.load_adapter(args.load, "advmask", args.model, ["layers"])
         masks = attach(clip, metadata["layers"], args.init, args.threshold)
         unpack(masks, tensors)
     else:

@@ -19,7 +19,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.error
 import urllib.request
 from typing import NamedTuple
 
@@ -108,7 +107,7 @@ def add_arguments(parser):
     add("--seed", type=at_least(0), default=1, help="few-shot draw and training; the test attack's starts derive from seed and image")
     add("--batch-size", type=at_least(1), default=32, help="training batch")
     add("--augment", default="crop", choices=["crop", "none"], help="crop: RandomResizedCrop(0.5, 1) and flip (our choice: R-AMT's)")
-    add("--logit-scale", type=at_least(0, float), help="s in the classifier; default the model's own, 100 for OpenAI's CLIP")
+    add("--logit-scale", type=at_least(1e-3, float), help="s in the classifier; default the model's own, 100 for OpenAI's CLIP")
     add("--test-batch-size", type=at_least(1), default=128, help="evaluation batch")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on a CPU with AMX, else float32")
@@ -256,7 +255,9 @@ def download_images(source, root):
     with tempfile.TemporaryDirectory(dir=root, prefix="download-") as scratch:
         try:
             getattr(torchvision.datasets, source.torchvision)(scratch, download=True)
-        except (urllib.error.URLError, http.client.HTTPException, RuntimeError, ValueError, EOFError) as fault:
+        except (OSError, http.client.HTTPException, RuntimeError, ValueError, EOFError) as fault:
+            if getattr(fault, "errno", None) == errno.ENOSPC:
+                raise
             raise Fault(f"{target} is missing, and torchvision's download failed ({fault}); put the images there by hand, or set --data-root")
         found = next((p for p in pathlib.Path(scratch).rglob(source.images) if p.is_dir()), None)
         if found is None:
@@ -481,7 +482,7 @@ def run_folder(args, method):
     model = args.model.replace("local-dir:", "").strip("/").replace("/", "-")
     if args.export:
         check_new(args.export)
-    folder = args.out / f"{method}-{args.dataset}-{model}-{args.shots}shot-seed{args.seed}"
+    folder = args.out / f"{method}-{args.dataset}-{model}-{args.shots}shot-seed{args.seed}{'-loaded' if args.load else ''}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / ".probe", b"")
@@ -496,7 +497,7 @@ def save_adapter(path, tensors, metadata):
     write(path, safetensors.torch.save({k: v.contiguous().cpu() for k, v in tensors.items()}, {k: str(v) for k, v in metadata.items()}))
 
 
-def load_adapter(path, method, model, needs=()):
+def load_adapter(path, method, args, needs=()):
     """-> tensors, metadata (with the keys `needs`) of an adapter file, or of the one in a run's folder. Raises Fault where it is missing, broken or
     of another kind."""
     path = path / "adapter.safetensors" if path.is_dir() else path
@@ -507,10 +508,10 @@ def load_adapter(path, method, model, needs=()):
         raise Fault(f"adapter {path} does not exist; expected an adapter.safetensors or the folder of a run")
     except Exception as fault:    # safetensors has one error class for every broken header
         raise Fault(f"adapter {path} cannot be read ({fault})")
-    missing = {"method", "model", *needs} - set(metadata)
+    missing = {"method", "model", "pretrained", *needs} - set(metadata)
     if missing:
         raise Fault(f"adapter {path} does not say its {', '.join(sorted(missing))}; expected a file that this program saved")
-    for key, expected in (("method", method), ("model", model)):
+    for key, expected in (("method", method), ("model", args.model), ("pretrained", args.pretrained)):
         if metadata.get(key) != expected:
             raise Fault(f"adapter {path} was made with {key} {metadata.get(key)!r}, but this run has {expected!r}")
     return tensors, metadata
