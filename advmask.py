@@ -2,7 +2,7 @@
 
 Paper: "Identifying Robust Neural Pathways: Few-Shot Adversarial Mask Tuning for Vision-Language Models", ICLR 2026,
 https://openreview.net/forum?id=kzGkXpW4FT. This is an independent implementation; what the paper does not state is an argument marked
-"(our choice)", with the measurement behind its default in the README, "Where the papers are silent".
+"(our choice)"; what has been measured of it stands in the README, "Where the papers are silent".
 
     python advmask.py                                                # small CLIP, embedded data: no download, about 4 minutes on 2 CPU cores
     python advmask.py --model tiny --dataset caltech101              # small CLIP, real photographs

@@ -1,8 +1,8 @@
 """Full adversarial fine-tuning of CLIP's image tower: the yardstick for adapters that change less.
 
 Loss: cross-entropy on adversarial images alone, as in TeCoA ("Understanding Zero-Shot Adversarial Robustness for Large-Scale Models",
-Mao et al., ICLR 2023). TeCoA trains on all of ImageNet with SGD at 1e-5; for few shots and few hundred steps the optimiser here is Adam, its
-rate chosen on val (our choice, README).
+Mao et al., ICLR 2023). TeCoA trains on all of ImageNet with SGD at 1e-5; for few shots and few hundred steps the optimiser here is Adam at 1e-4
+(our choice, not tuned).
 
     python baselines/finetune.py                                            # small CLIP, embedded data
     python baselines/finetune.py --model tiny --dataset caltech101
