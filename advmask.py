@@ -41,11 +41,11 @@ add("--raw", action="store_true", help="do not scale features to unit length bef
 add("--attached", action="store_true", help="let gradients flow through the clean features as well (our choice: detached)")
 add("--train-attack-steps", type=common.at_least(1), default=2, help="PGD steps while training")
 add("--train-step", type=common.fraction, help="PGD step while training; default eps, as published")
-add("--epochs", type=common.at_least(1), default=8, help="training length (our choice) ...")
-add("--min-steps", type=common.at_least(1), default=150, help="... but at least so many steps, so that few shots train too (our choice)")
+add("--epochs", type=common.at_least(1), default=4, help="training length (our choice) ...")
+add("--min-steps", type=common.at_least(1), default=100, help="... but at least so many steps, so that few shots train too (our choice)")
 add("--steps", type=common.at_least(1), help="training steps; overrides --epochs and --min-steps")
 add("--optimizer", default="sgd", choices=["sgd", "adam"], help="sgd: gradients scaled to unit root mean square, momentum 0.9 (our choice)")
-add("--budget", type=common.at_least(0, float), default=3, help="flip budget: how far an entry can move in all, in units of init - alpha, if its"
+add("--budget", type=common.at_least(0, float), default=1.5, help="flip budget: how far an entry can move in all, in units of init - alpha, if its"
     " gradient is always of average size; it sets the rate (our choice)")
 add("--lr", type=common.at_least(0, float), help="first rate, decayed by a cosine; overrides --budget")
 
@@ -204,18 +204,11 @@ def main():
     folder, metadata = common.run_folder(args, "advmask"), common.describe(args, "advmask")
     if args.load:
         tensors, metadata = common.load_adapter(args.load, "advmask", args, ["layers"])
-    data = common.half(common.load_dataset(args.dataset, args.data_root), args.classes)
-    clip, config = common.load_clip(args.model, args.pretrained, args.device)
-    classifier = common.Classifier(clip, config, data.classes, data.template, args.dtype, args.logit_scale)
-    train, _ = common.few_shot(data.train, data.val, args.shots, args.seed)
-    test_x, test_y = common.test_split(data, args, classifier.size)
-    print(f"{args.model} on {args.dataset}: {len(data.classes)} classes, {len(train)} training and {len(test_y)} {args.split} images, "
-          f"{classifier.size} px, eps {255 * args.eps:g}/255, {args.dtype} on {args.device}, logit scale {classifier.scale:.1f}")
-
-    def measure():
-        return common.evaluate(classifier, test_x, test_y, args.eps, args.step, args.test_steps, batch_size=args.test_batch_size, settle=args.settle)
-    before = measure()
-    print(f"zero-shot: clean {before['clean']:.2f}, PGD-{args.test_steps} {before['pgd']:.2f}  ({time.time() - start:.0f} s)", flush=True)
+    classifier, train, measure = common.prepare(args)
+    clip = classifier.clip
+    before = None if args.after_only else measure()
+    if before:
+        print(f"zero-shot: clean {before['clean']:.2f}, PGD-{args.test_steps} {before['pgd']:.2f}  ({time.time() - start:.0f} s)", flush=True)
 
     vision, total = (sum(p.numel() for p in m.parameters()) for m in (clip.visual, clip))
     if args.load:
@@ -240,10 +233,9 @@ def main():
             optimizer.param_groups[0]["lr"] = lr * cosine[t]
             with parametrize.cached():                       # theta' is computed once a step, not once per forward pass
                 x_adv = pgd(classifier, x, y, args.eps, train_step, args.train_attack_steps)
-                z_clean, logits_clean = features(classifier, x, args.features, args.raw)
+                with torch.set_grad_enabled(args.attached):
+                    z_clean, logits_clean = features(classifier, x, args.features, args.raw)
                 z_adv, logits_adv = features(classifier, x_adv, args.features, args.raw)
-                if not args.attached:
-                    z_clean, logits_clean = z_clean.detach(), logits_clean.detach()
                 # L_mask = CE(x~, y) + lambda * L_LAFA
                 ce = F.cross_entropy(logits_adv, y)
                 align = consistency(args.loss, logits_clean, logits_adv, z_clean, z_adv, y, args.eps_w)
@@ -269,7 +261,7 @@ def main():
     after = measure()
     common.table([("zero-shot", before), ("AdvMask", after)], args.test_steps)
     if args.export:
-        common.export(clip, config, args.export)
+        common.export(clip, classifier.config, args.export)
     common.save_result(folder, args, "advmask", before=before, after=after, flipped=share, masked=masked, vision=vision, total=total,
                        training_seconds=round(training, 1), seconds=round(time.time() - start, 1))
     print(f"peak memory {common.peak_memory(args.device):.0f} MiB, {time.time() - start:.0f} s (training {training:.0f} s); files in {folder}")

@@ -9,6 +9,8 @@ import contextlib
 import errno
 import hashlib
 import http.client
+import importlib.util
+import io
 import json
 import logging
 import math
@@ -32,6 +34,8 @@ import torchvision
 from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
+
+from robustness import TORCHATTACKS, autoattack, eps_curve, evaluate
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -100,21 +104,28 @@ def add_arguments(parser):
     add("--model", help="tiny, an open_clip name, or local-dir:DIR; default: tiny for the embedded data, else ViT-B-32-quickgelu")
     add("--pretrained", default="openai", help="open_clip tag, a checkpoint file, or none for random weights (not used by tiny)")
     add("--eps", type=fraction, help=f"l_inf radius in pixels; default 1/255, and {round(255 * TINY_EPS)}/255 for the small CLIP (our choice)")
-    add("--step", type=fraction, default=1 / 255, help="step of the test attack")
+    add("--step", type=fraction, help="step of the test attack; default 1/255, and 2.5 radii over all steps in an l2 ball")
     add("--test-steps", type=at_least(1), default=100, help="steps of the test attack, PGD-N")
     add("--settle", type=at_least(0), default=10, help="an image broken in this many iterates in a row counts as broken at the final one and leaves"
         " the batch (our choice); 0 attacks every image to the end, as published")
+    add("--norm", default="linf", choices=["linf", "l2"], help="the ball of the test attack; training is always l_inf")
+    add("--test-eps", type=fraction, help="radius of the test attack; default --eps; for l2, a norm over all pixels, to be given")
+    add("--restarts", type=at_least(1), default=1, help="restarts of the test attack, for the best iterate")
+    add("--autoattack", type=at_least(1), metavar="N", help="attack N fixed test images with AutoAttack as well; needs torchattacks")
+    add("--eps-curve", action="store_true", help="robust accuracy under PGD-20 over eps as well, from 0 to where it is 0; needs matplotlib")
     add("--seed", type=at_least(0), default=1, help="few-shot draw and training; the test attack's starts derive from seed and image")
     add("--batch-size", type=at_least(1), default=32, help="training batch")
     add("--augment", default="crop", choices=["crop", "none"], help="crop: RandomResizedCrop(0.5, 1) and flip (our choice: R-AMT's)")
     add("--logit-scale", type=at_least(1e-3, float), help="s in the classifier; default the model's own, 100 for OpenAI's CLIP")
     add("--test-batch-size", type=at_least(1), default=128, help="evaluation batch")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 on a CPU with AMX, else float32")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: bfloat16 on a CPU that has it,"
+        " else float32; float16 is refused")
     add("--out", type=pathlib.Path, default=pathlib.Path("runs"), help="folder of the result files")
     add("--load", type=pathlib.Path, help="evaluate this adapter.safetensors (or its folder) instead of training")
     add("--export", type=pathlib.Path, help="write the merged model as an open_clip folder")
     add("--test-limit", type=at_least(1), help="evaluate the first N of the shuffled test images: for trials, never for results")
+    add("--after-only", action="store_true", help="do not evaluate zero-shot first: it is the same for every run on the same images")
     add("--split", default="test", choices=["test", "val"], help="evaluate on test, or on the whole val set: for choosing arguments")
 
 
@@ -124,13 +135,24 @@ def parse(parser, argv=None):
     args.model = args.model or ("tiny" if args.dataset == "embedded" else "ViT-B-32-quickgelu")
     if args.eps is None:
         args.eps = TINY_EPS if args.model == "tiny" else 1 / 255
+    if args.test_eps is None and args.norm == "l2":
+        raise Fault("--norm l2 needs --test-eps, an l2 radius over all pixels, such as 0.5")
+    args.test_eps = args.eps if args.test_eps is None else args.test_eps
+    if args.step is None:
+        args.step = 1 / 255 if args.norm == "linf" else 2.5 * args.test_eps / args.test_steps
+    if args.dtype == "float16":
+        raise Fault("--dtype float16 is refused: small gradients become zero in it, and the attack looks weak; use float32 or bfloat16")
+    if args.autoattack and not importlib.util.find_spec("torchattacks"):
+        raise Fault(TORCHATTACKS)
+    if args.eps_curve and not importlib.util.find_spec("matplotlib"):
+        raise Fault("--eps-curve draws with matplotlib; install it with: pip install matplotlib")
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as fault:
         raise Fault(f"device {args.device!r} cannot be used ({str(fault).splitlines()[0]}); try --device cpu")
     if args.dtype == "auto":
-        amx = args.device == "cpu" and "amx_bf16" in (pathlib.Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else "")
-        args.dtype = "bfloat16" if amx else "float32"
+        flags = pathlib.Path("/proc/cpuinfo").read_text() if args.device == "cpu" and os.path.exists("/proc/cpuinfo") else ""
+        args.dtype = "bfloat16" if "amx_bf16" in flags or "avx512_bf16" in flags else "float32"
     if args.device == "cpu":
         # torch's flash kernel is slow backwards on short sequences on CPU; this switch governs the CPU kernel as well
         torch.backends.cuda.enable_flash_sdp(False)
@@ -388,7 +410,7 @@ class Classifier(nn.Module):
     def __init__(self, clip, config, classes, template="a photo of a {}.", dtype="float32", scale=None):
         super().__init__()
         self.scale = clip.logit_scale.exp().item() if scale is None else scale
-        self.clip, self.dtype = clip, getattr(torch, dtype)
+        self.clip, self.config, self.dtype = clip, config, getattr(torch, dtype)
         self.size = clip.visual.preprocess_cfg["size"]
         self.size = self.size if isinstance(self.size, int) else self.size[0]
         device = clip.logit_scale.device
@@ -396,10 +418,14 @@ class Classifier(nn.Module):
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(clip.visual.preprocess_cfg[key], device=device)[:, None, None])
         tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=config["model_cfg"]["text_cfg"].get("context_length", 77))
-        tokens = tokenizer([template.format(name) for name in classes]).to(device)
-        with torch.no_grad():    # t_c / |t_c|   (classes, d)
-            self.register_buffer("text", torch.cat([clip.encode_text(t, normalize=True) for t in tokens.split(256)]))
+        self.register_buffer("tokens", tokenizer([template.format(name) for name in classes]).to(device))
+        with torch.no_grad():
+            self.register_buffer("text", self.encode_classes())
         self.eval()
+
+    def encode_classes(self):
+        """t_c / |t_c| of every class's prompt   (classes, d)"""
+        return torch.cat([self.clip.encode_text(t, normalize=True) for t in self.tokens.split(256)])
 
     def forward(self, x):
         with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -408,61 +434,23 @@ class Classifier(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------------------------- evaluation
-def evaluate(classifier, x, y, eps, step=1 / 255, steps=100, seed=0, batch_size=128, settle=10):
-    """Clean accuracy, and accuracy under PGD with random start: at the final iterate, and at the best (an image is lost once any iterate breaks it).
+def prepare(args):
+    """Load what the arguments name -> classifier, the few-shot training items, and a function that evaluates what the classifier has become."""
+    data = half(load_dataset(args.dataset, args.data_root), args.classes)
+    classifier = Classifier(*load_clip(args.model, args.pretrained, args.device), data.classes, data.template, args.dtype, args.logit_scale)
+    train, _ = few_shot(data.train, data.val, args.shots, args.seed)
+    x, y = test_split(data, args, classifier.size)
+    print(f"{args.model} on {args.dataset}: {len(data.classes)} classes, {len(train)} training and {len(y)} {args.split} images, "
+          f"{classifier.size} px, eps {255 * args.eps:g}/255, {args.dtype} on {args.device}, logit scale {classifier.scale:.1f}")
 
-    classifier: eval-mode module from pixels to logits; x (n, 3, h, w) uint8 or float in [0, 1], y (n,). eps, step in pixels.
-    delta_0 ~ U(-eps, eps) from seed and the image's index alone; delta <- clip(delta + step sign(grad), -eps, eps); x + delta clipped to [0, 1].
-    The loss is cross-entropy summed over the batch. `settle`: an image broken in that many iterates in a row leaves the batch and counts as broken
-    at the final iterate; 0 attacks all images to the end. -> dict: clean, noise (the random start alone), pgd, pgd_best in %, zero_gradient (share
-    of images whose first gradient is 0), flags (sentences), outcomes (per image: how many of clean, pgd, pgd_best it survives, as a string).
-    """
-    assert not any(module.training for module in classifier.modules()), "the classifier must be in eval mode"
-    device = next(classifier.parameters()).device
-    n, won = len(y), torch.zeros(4, len(y), dtype=torch.bool)                          # clean, noise, final, best
-    zero = 0
-    for first in range(0, n, batch_size):
-        index = torch.arange(first, min(first + batch_size, n))
-        clean = (x[index].float() / 255 if x.dtype == torch.uint8 else x[index]).to(device)
-        label = y[index].to(device)
-        with torch.no_grad():
-            right = classifier(clean).argmax(1) == label
-        won[0, index] = right.cpu()
-        won[3, index] = right.cpu()
-        start = torch.stack([torch.rand(clean.shape[1:], generator=torch.Generator().manual_seed(seed * 1_000_003 + i)) for i in index.tolist()])
-        delta = (clean + (2 * start.to(device) - 1) * eps).clamp(0, 1) - clean
-        streak = torch.zeros(len(index), dtype=torch.long, device=device)              # broken iterates in a row
-        for t in range(steps + 1):
-            delta.requires_grad_(t < steps)
-            with torch.set_grad_enabled(t < steps):
-                logits = classifier(clean + delta)
-            right = logits.argmax(1) == label
-            won[3, index] &= right.cpu()
-            if t == 0:
-                won[1, index] = right.cpu()
-            if t == steps:
-                won[2, index] = right.cpu()
-                break
-            grad, = torch.autograd.grad(F.cross_entropy(logits, label, reduction="sum"), delta)
-            assert torch.isfinite(grad).all(), "the attack's gradient is not finite"
-            if t == 0:
-                zero += int((grad.flatten(1) == 0).all(1).sum())
-            streak = torch.where(right, 0, streak + 1)
-            keep = streak < settle if settle else torch.ones_like(right)
-            clean, label, delta, grad, streak, index = clean[keep], label[keep], delta[keep], grad[keep], streak[keep], index[keep.cpu()]
-            if not len(index):
-                break
-            delta = (delta.detach() + step * grad.sign()).clamp(-eps, eps)
-            delta = (clean + delta).clamp(0, 1) - clean
-            assert delta.abs().max() <= eps + 1e-6 and (clean + delta).min() >= 0 and (clean + delta).max() <= 1, "the attack left the ball"
-    result = dict(zip(("clean", "noise", "pgd", "pgd_best"), (100 * won.double().mean(1)).tolist()), zero_gradient=zero / n)
-    result["flags"] = [sentence for wrong, sentence in (
-        (result["zero_gradient"] > 0.01, f"the first gradient is zero on {100 * zero / n:.1f} % of the images: gradients may be masked"),
-        (eps > 0 and result["noise"] < result["pgd"], "random noise of the same size hurts more than the attack"),
-        (result["pgd_best"] > result["clean"], "robust accuracy exceeds clean accuracy"),
-    ) if wrong]
-    result["outcomes"] = "".join(map(str, (won[0].int() + won[2].int() + won[3].int()).tolist()))
-    return result
+    def measure():
+        result = evaluate(classifier, x, y, args.test_eps, args.step, args.test_steps, 0, args.test_batch_size, args.settle, args.restarts, args.norm)
+        if args.autoattack:
+            result["autoattack"] = autoattack(classifier, x, y, args.test_eps, args.norm, args.autoattack, args.test_batch_size)
+        if args.eps_curve:
+            result["eps_curve"] = eps_curve(classifier, x, y, args.test_eps, args.norm, 20, args.test_batch_size)
+        return result
+    return classifier, train, measure
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ files
@@ -528,10 +516,22 @@ def describe(args, method):
 
 
 def save_result(folder, args, method, **facts):
-    """<folder>/result.json: arguments, versions, device, seconds, peak memory, and what the program gives (before, after, ...)."""
+    """<folder>/result.json: arguments, versions, device, peak memory, and what the program gives (before, after, ...; all keys: results/README.md);
+    with --eps-curve, eps_curve.png as well."""
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
     facts = {**describe(args, method), "device_name": device, "peak_memory_mib": round(peak_memory(args.device)), **facts}
     write(folder / "result.json", (json.dumps(facts, indent=1) + "\n").encode())
+    if args.eps_curve:
+        from matplotlib.figure import Figure
+        axes, picture = (figure := Figure((5, 3), layout="constrained")).subplots(), io.BytesIO()
+        for name, style in (("before", "o--"), ("after", "s-")):
+            if facts[name]:
+                radius, accuracy = zip(*facts[name]["eps_curve"])
+                axes.plot([255 * r for r in radius] if args.norm == "linf" else radius, accuracy, style, label=f"{name} training", markersize=4)
+        axes.set(xlabel="eps in 1/255" if args.norm == "linf" else "eps (l2)", ylabel="accuracy under PGD-20 [%]", ylim=(-2, 102))
+        axes.legend()
+        figure.savefig(picture, format="png", dpi=100)
+        write(folder / "eps_curve.png", picture.getvalue())
 
 
 def peak_memory(device):
@@ -568,10 +568,15 @@ def export(clip, config, folder):
 
 
 def table(rows, steps):
-    """Print rows of (name, result of evaluate): clean | PGD final iterate | PGD best iterate."""
+    """Print rows of (name, result of evaluate, or None): clean | PGD final iterate | PGD best iterate, 95 % intervals, and every sanity flag."""
+    rows = [(name, r) for name, r in rows if r]
     print(f"\n{'':12} | {'clean':>6} | {f'PGD-{steps}':>8} | {f'PGD-{steps} best':>12}")
     for name, r in rows:
         print(f"{name:12} | {r['clean']:6.2f} | {r['pgd']:8.2f} | {r['pgd_best']:12.2f}")
     for name, r in rows:
+        print(f"{name}: 95 % intervals {', '.join(f'{key} {low:.1f} to {high:.1f}' for key, (low, high) in r['intervals'].items())}")
+        if "autoattack" in r:
+            left = ", ".join(f"{key} {value:.2f}" for key, value in r["autoattack"].items() if key != "images")
+            print(f"{name}: AutoAttack on {len(r['autoattack']['images'])} images: {left}")
         for flag in r["flags"]:
             print(f"WARNING ({name}): {flag}")

@@ -20,23 +20,25 @@ import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
 BOTH, SEEDS = ("embedded", "caltech101"), (1, 2, 3)
-VAL = "advmask.py --split val --test-steps 20 --steps 150 --test-limit 200"    # arguments are chosen on val, with a cheaper attack
-FINETUNE = VAL.replace("advmask", "baselines/finetune")
-NOTHING = "advmask.py --steps 1 --lr 0 --test-limit 400"                        # masks of ones: zero-shot
-# table -> (datasets, seeds, {row: command})
+VAL = "--split val --test-steps 20 --steps 150 --test-limit 200 --after-only"    # arguments are chosen on val, with a cheaper attack
+PLAIN = "--init gaussian --no-align --no-adaptive"
+# table -> (datasets, seeds, {row: command}); "zero-shot" is AdvMask with masks of ones
 TABLES = {
-    "main": (BOTH, SEEDS, {"AdvMask": "advmask.py", "full fine-tuning": "baselines/finetune.py"}),
-    "eps": (BOTH, (1,), {f"zero-shot, eps {k}/255": f"{NOTHING} --eps {k}/255" for k in (2, 3)}),
+    "main": (BOTH, SEEDS, {
+        "AdvMask": "advmask.py --after-only", "AdvLoRA": "advlora.py --after-only", "full fine-tuning": "advlora.py --full --after-only",
+        "plain LoRA": f"advlora.py {PLAIN} --after-only", "AdvLoRA, SVD start": "advlora.py --init svd --after-only",
+        "AdvLoRA, not aligned": "advlora.py --no-align --after-only", "AdvLoRA, not adaptive": "advlora.py --no-adaptive --after-only"}),
+    "zero-shot": (BOTH, (1,), {f"eps {k}/255": f"advmask.py --steps 1 --lr 0 --eps {k}/255 --after-only" for k in (1, 2, 3)}),
     "choices": (("caltech101",), (1,), {
-        "defaults": VAL,
-        **{row: f"{VAL} {row}" for row in (
-            "--lam 0", "--lam 10", "--lam 150", "--lam 500", "--budget 1", "--budget 10", "--optimizer adam --budget 3",
-            "--optimizer adam --budget 12", "--layers mlp", "--layers both", "--features mean", "--raw --lam 0.5", "--attached", "--augment none",
-            "--loss align", "--loss js", "--loss kl", "--steps 400")},
-        **{f"full fine-tuning {more}": f"{FINETUNE} {more}" for more in ("--lr 3e-5", "--lr 1e-4", "--lr 3e-4")},
-    }),
+        row: f"advmask.py {VAL} {row.removeprefix('defaults')}" for row in (
+            "defaults", "--lam 0", "--lam 150", "--lam 500", "--budget 0.75", "--budget 3", "--steps 300 --budget 3", "--optimizer adam --budget 1.5",
+            "--layers mlp", "--layers both", "--features mean", "--raw --lam 0.5", "--attached", "--augment none")}),
+    "lora": (("caltech101",), (1,), {
+        row: f"advlora.py {VAL} {row.removeprefix('defaults')}" for row in (
+            "defaults", "--lr 5e-4", "--lr 2e-3", "--rank 4", "--rank 16", "--targets both", "--towers both", f"{PLAIN}", f"{PLAIN} --lr 5e-3",
+            "--clean-weight 0.5", "--full", "--full --lr 3e-5", "--full --lr 3e-4")}),
     "logit-scale": (("caltech101",), (1,), {
-        f"s = {s}, lambda {lam}": f"{VAL} --logit-scale {s} --lam {lam}" for s in (17, 100) for lam in (0, 10, 50, 250)}),
+        f"s = {s}, lambda {lam}": f"advmask.py {VAL} --logit-scale {s} --lam {lam}" for s in (17, 100) for lam in (0, 10, 50, 250)}),
 }
 
 
@@ -69,22 +71,21 @@ def run(file, command, jobs):
 def table(name):
     """Markdown: one line per dataset and row, mean ± standard deviation over the seeds that are there."""
     datasets, seeds, rows = TABLES[name]
-    lines = ["| images | run | seeds | clean | PGD | PGD best iterate | off | seconds |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| images | run | seeds | clean | PGD | best iterate | trained | seconds | MiB |", "|---|---|---|---|---|---|---|---|---|"]
     for dataset in datasets:
-        files = {row: [result(name, dataset, row, seed) for seed in seeds] for row in rows}
-        found = [(row, [json.loads(f.read_text()) for f in some if f.exists()]) for row, some in files.items() if any(f.exists() for f in some)]
-        for row, results in ([("zero-shot", found[0][1][:1])] if found else []) + found:
-            scores = [r["before" if row == "zero-shot" else "after"] for r in results]
+        for row in rows:
+            found = [json.loads(f.read_text()) for seed in seeds if (f := result(name, dataset, row, seed)).exists()]
+            if not found:
+                continue
             cells = []
             for key in ("clean", "pgd", "pgd_best"):
-                values = [s[key] for s in scores]
+                values = [r["after"][key] for r in found]
                 cells.append(f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""))
-            off = [100 * r["flipped"] for r in results if "flipped" in r] if row != "zero-shot" else []
-            seconds = f"{statistics.mean(r['training_seconds'] for r in results):.0f}" if row != "zero-shot" else ""
-            first = results[0]
-            images = f"{dataset}, {len(scores[0]['outcomes'])} {first['split']}, PGD-{first['test_steps']}"
-            lines.append(f"| {images} | {row} | {len(scores) if row != 'zero-shot' else ''} | {' | '.join(cells)} | "
-                         f"{f'{statistics.mean(off):.1f} %' if off else ''} | {seconds} |")
+            off = statistics.mean(100 * r.get("flipped", 0) for r in found)
+            cells.append(f"{found[0]['trained']:,}" if "trained" in found[0] else f"{found[0]['masked']:,} bits, {off:.1f} % off" if off else "0")
+            cells += [f"{statistics.mean(r[key] for r in found):.0f}" for key in ("training_seconds", "peak_memory_mib")]
+            images = f"{dataset}, {len(found[0]['after']['outcomes'])} {found[0]['split']}, PGD-{found[0]['test_steps']}"
+            lines.append(f"| {images} | {row} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

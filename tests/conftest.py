@@ -71,22 +71,30 @@ class Linear(nn.Module):
         return x.flatten(1) @ self.W.T + self.b
 
 
-@pytest.fixture
-def linear():
+def make_linear(side=4, eps=0.02):
     """A binary problem: net, x far from 0 and 1, y (some wrong), eps, margin, and its worst in the ball, margin - eps |w_y - w_other|_1."""
-    net = Linear(48).eval()
-    x = 0.3 + 0.4 * torch.rand(40, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    net = Linear(3 * side**2).eval()
+    x = 0.3 + 0.4 * torch.rand(40, 3, side, side, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         logits = net(x)
         y = logits.argmax(1)
         y[::7] = 1 - y[::7]
         margin = (logits[range(40), y] - logits[range(40), 1 - y])
-        eps = 0.02
         worst = margin - eps * (net.W[0] - net.W[1]).abs().sum()
     assert worst.abs().min() > 1e-3, "no tie"
     assert 0.2 < (worst > 0).float().mean() < (margin > 0).float().mean() < 1, "neither hopeless nor trivial"
     net.inputs.clear()
     return SimpleNamespace(net=net, x=x, y=y, eps=eps, margin=margin, worst=worst)
+
+
+@pytest.fixture
+def linear():
+    return make_linear()
+
+
+@pytest.fixture(name="make_linear")
+def make_linear_fixture():
+    return make_linear
 
 
 @pytest.fixture

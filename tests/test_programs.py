@@ -25,7 +25,8 @@ TINIEST = ("--steps", 1, "--batch-size", 2, "--test-steps", 1, "--test-limit", 2
 # A short training of the small CLIP on the embedded data, measured with PGD on the first test images: points of robust accuracy won
 TRAINING = ("--steps", 40, "--test-steps", 10, "--test-limit", 60)
 ROBUST_GAIN = 5
-PROGRAMS = {"advmask": "AdvMask"}    # module -> its name in the table
+PROGRAMS = {"advmask": "AdvMask", "advlora": "AdvLoRA"}    # module -> its name in the table
+SIZE = {"advmask": "masked", "advlora": "trained"}          # module -> what it counts
 
 
 def shell(name, *arguments, **options):
@@ -37,6 +38,15 @@ def shell(name, *arguments, **options):
 def result_in(folder):
     path, = folder.rglob("result.json")
     return json.loads(path.read_text())
+
+
+def measured_again(export, result, embedded):
+    """The accuracies of an export, built by open_clip."""
+    clip, _, _ = open_clip.create_model_and_transforms(f"local-dir:{export}")
+    _, config = common.load_clip("tiny")
+    net = common.Classifier(clip.eval().requires_grad_(False), config, embedded.classes, embedded.template, result["dtype"])
+    x, y = common.test_split(embedded, SimpleNamespace(split="test", test_limit=30), net.size)
+    return common.evaluate(net, x, y, result["eps"], result["step"], 3)
 
 
 def adapter_in(folder):
@@ -75,8 +85,13 @@ def test_a_run_leaves_its_files_and_prints_its_table(run, files_in):
         assert len(row) == 1 and [float(v) for v in row[0].split("|")[1:]] == [round(r[k], 2) for k in ("clean", "pgd", "pgd_best")]
     assert (result["method"], result["shots"], result["eps"], result["test_steps"], result["seed"]) == (name, 16, common.TINY_EPS, 3, 1)
     assert result["versions"]["torch"] == torch.__version__ and result["peak_memory_mib"] > 100
-    assert f"{result['masked']:,}" in out and f"{result['vision']:,}" in out and f"{result['total']:,}" in out
-    assert 0 < result["flipped"] < 1 and "step 4/4" in out and "PGD-3" in out
+    assert all(f"{result[key]:,}" in out for key in (SIZE[name], "vision", "total")) and "step 4/4" in out and "PGD-3" in out
+    if name == "advmask":
+        assert 0 < result["flipped"] < 1
+    else:
+        assert result["trained"] == 6 * (8 * 8 * 192 + 4) and 0 < result["setup_seconds"] < result["seconds"]
+        residual = result["residual"]
+        assert len(residual) == 12 and {len(v) for v in residual.values()} == {1, 3} and all(0 < r < 1 for v in residual.values() for r in v)
     with safetensors.safe_open(adapter_in(folder), "pt") as file:
         assert {"method": name, "model": "tiny", "seed": "1", "shots": "16"}.items() <= file.metadata().items()
 
@@ -86,7 +101,7 @@ def test_load_gives_the_same_accuracies(run, program, tmp_path):
     for i, path in enumerate((adapter_in(folder), adapter_in(folder).parent)):
         answer = program(name, *SHORT, "--load", path, "--out", tmp_path / str(i))
         assert answer.code == 0 and result_in(tmp_path / str(i))["after"] == result_in(folder)["after"]
-        assert result_in(tmp_path / str(i))["flipped"] == result_in(folder)["flipped"]
+        assert all(result_in(tmp_path / str(i)).get(key) == result_in(folder).get(key) for key in (SIZE[name], "flipped"))
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(run, program, tmp_path):
@@ -104,11 +119,20 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(run, program, tm
 def test_the_export_is_the_model_that_was_measured(run, embedded):
     _, folder, _ = run
     result = result_in(folder)
-    clip, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder / 'exported' / 'x'}")
-    _, config = common.load_clip("tiny")
-    net = common.Classifier(clip.eval().requires_grad_(False), config, embedded.classes, embedded.template, result["dtype"])
-    x, y = common.test_split(embedded, SimpleNamespace(split="test", test_limit=30), net.size)
-    assert common.evaluate(net, x, y, result["eps"], result["step"], 3) == result["after"]
+    assert measured_again(folder / "exported" / "x", result, embedded) == result["after"] != result["before"]
+
+
+@pytest.mark.parametrize("arguments, trained", [
+    (("--full", "--lr", 1e-3), 2_768_640),
+    (("--towers", "both", "--rank", 4, "--lr", 1e-2), 6 * (8 * 4 * 192 + 4) + 4 * (8 * 4 * 128 + 4)),
+    (("--init", "gaussian", "--no-align", "--no-adaptive", "--lr", 1e-2), 6 * (8 * 8 * 192)),
+], ids=["full", "both towers", "plain LoRA"])
+def test_advloras_variants_load_and_export_what_they_measured(program, tmp_path, embedded, arguments, trained):
+    assert program("advlora", *SHORT, *arguments, "--out", tmp_path / "run", "--export", tmp_path / "x").code == 0
+    result = result_in(tmp_path / "run")
+    assert result["trained"] == trained and result["after"] != result["before"]
+    assert program("advlora", *SHORT, "--load", adapter_in(tmp_path / "run"), "--out", tmp_path / "loaded").code == 0
+    assert result_in(tmp_path / "loaded")["after"] == result["after"] == measured_again(tmp_path / "x", result, embedded)
 
 
 @pytest.mark.numbers
@@ -228,9 +252,18 @@ FAULTS = {    # what is wrong -> arguments (or a function that makes them), word
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_faulty_input_is_one_sentence_and_no_file(program, picture_folder, monkeypatch, tmp_path, files_in, fault):
-    arguments, words = FAULTS[fault]
+LORA_FAULTS = {
+    "rank 0": (("--rank", "0"), ["--rank", "at least 1", "'0'"]),
+    "rank 1000": (("--rank", "1000"), ["--rank 1000", "1 to 192"]),
+    "full and both towers": (("--full", "--towers", "both"), ["--full", "--towers both"]),
+    "clean weight -1": (("--clean-weight", "-1"), ["--clean-weight", "'-1'"]),
+}
+ALL_FAULTS = {("advmask", fault): v for fault, v in FAULTS.items()} | {("advlora", fault): v for fault, v in LORA_FAULTS.items()}
+
+
+@pytest.mark.parametrize("name, fault", ALL_FAULTS)
+def test_a_faulty_input_is_one_sentence_and_no_file(program, picture_folder, monkeypatch, tmp_path, files_in, name, fault):
+    arguments, words = ALL_FAULTS[name, fault]
     # no test leaves this machine: a download meets an address that does not answer
     monkeypatch.setattr(urllib.request, "urlopen", no_network)
     if fault == "other activation":
@@ -239,8 +272,15 @@ def test_a_faulty_input_is_one_sentence_and_no_file(program, picture_folder, mon
     monkeypatch.setattr(common, "batches", lambda *a: (trained.append(1) or batch for batch in batches(*a)))
     arguments = arguments(tmp_path, picture_folder) if callable(arguments) else arguments
     out = () if "--out" in arguments else ("--out", tmp_path / "out")
-    assert faulty(program("advmask", *TINIEST, *out, *arguments), *words)
+    assert faulty(program(name, *TINIEST, *out, *arguments), *words)
     assert files_in(tmp_path / "out") == [] and not trained, "a fault of the input is known before the training"
+
+
+def test_another_programs_adapter_is_refused(run, program, tmp_path, files_in):
+    name, folder, _ = run
+    for other in PROGRAMS.keys() - {name}:
+        assert faulty(program(other, *TINIEST, "--load", adapter_in(folder), "--out", tmp_path / "out"), str(adapter_in(folder)), "expected")
+    assert files_in(tmp_path / "out") == []
 
 
 def test_a_missing_checkpoint_is_one_sentence_in_a_process_of_its_own(tmp_path):

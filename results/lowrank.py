@@ -1,0 +1,91 @@
+"""Is the change that adversarial fine-tuning makes of low rank, and how close do clusters come to the best start of that rank?
+
+    python advlora.py --full --model tiny --dataset caltech101 --out runs/full
+    python results/lowrank.py runs/full/advlora-caltech101-tiny-16shot-seed1            # prints, and writes results/lowrank/<dataset>.json and .png
+
+For every adapted weight of the image tower (q, k and v apart): the singular values of W - W_0, W after full adversarial fine-tuning; the rank that
+holds 90 % of their energy; and |B_0 A_0 - W_0|_F / |W_0|_F at rank 8 for clusters (aligned, and by membership alone) against the SVD optimum.
+Then the seconds that clustering and alignment take for the shapes of ViT-B/32, which need no trained weights.
+"""
+import json
+import pathlib
+import statistics
+import sys
+import time
+from types import SimpleNamespace
+
+import torch
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import advlora
+import common
+
+parser = common.Parser(description=__doc__.split("\n")[0])
+parser.add_argument("adapter", type=pathlib.Path, help="folder of a run of advlora.py --full on the small CLIP")
+parser.add_argument("--rank", type=common.at_least(1), default=8, help="rank of the starts that are compared")
+
+
+def singular_values(change):
+    """-> singular values of change (m, n), and the smallest rank that holds 90 % of the sum of their squares."""
+    values = torch.linalg.svdvals(change)
+    energy = values.square().cumsum(0) / values.square().sum()
+    return values, int((energy < 0.9).sum()) + 1
+
+
+def picture(rows, title):
+    """Cumulated energy against the share of the full rank, a line per weight."""
+    from matplotlib.figure import Figure
+    axes, colours = (figure := Figure((5, 3.2), layout="constrained")).subplots(), {"q": "#0072B2", "k": "#E69F00", "v": "#009E73", "out": "#CC79A7"}
+    for row in rows:
+        values = torch.tensor(row["singular_values"])
+        energy = 100 * values.square().cumsum(0) / values.square().sum()
+        axes.plot(range(1, len(energy) + 1), energy, color=colours[row["block"]], linewidth=1, label=row["block"] if row["layer"] == 0 else None)
+    axes.axhline(90, color="black", linewidth=0.7, linestyle=":")
+    axes.set(xscale="log", xlabel=f"rank (of {len(values)})", ylabel="energy of W - W_0 held [%]", ylim=(0, 101), title=title)
+    axes.legend(title="weight")
+    return figure
+
+
+def main():
+    args = parser.parse_args()
+    tiny = SimpleNamespace(model="tiny", pretrained="openai")
+    tensors, metadata = common.load_adapter(args.adapter, "advlora", tiny, ["full", "dataset", "eps", "seed"])
+    if metadata["full"] != "True":
+        raise common.Fault(f"{args.adapter} is not a run of advlora.py --full")
+    clip, _ = common.load_clip("tiny")
+    rows = []
+    for name, before in clip.visual.named_parameters(prefix="visual"):
+        if not name.endswith(("in_proj_weight", "out_proj.weight")):
+            continue
+        blocks = ["q", "k", "v"] if name.endswith("in_proj_weight") else ["out"]
+        for block, W_0, W in zip(blocks, before.detach().chunk(len(blocks)), tensors[name].chunk(len(blocks))):
+            values, rank = singular_values(W - W_0)
+            centres, labels = advlora.kmeans(W_0, args.rank)
+            residual = {init: advlora.ClusterLoRA(W_0, args.rank, init=init).residual.item() for init in ("cluster", "svd", "gaussian")}
+            residual["membership"] = ((centres[labels] - W_0).norm() / W_0.norm()).item()
+            rows.append({"layer": int(name.split(".")[3]), "block": block, "rank_90": rank, "full_rank": len(values), "spectral_share_8":
+                         (values[:8].square().sum() / values.square().sum()).item(), "change": ((W - W_0).norm() / W_0.norm()).item(),
+                         "residual": residual, "singular_values": [round(v, 5) for v in values.tolist()]})
+    print(f"{'layer':>5} {'block':>5} {'|W-W_0|/|W_0|':>13} {'rank for 90 %':>13} {'energy at 8':>11}   residual at rank {args.rank}: "
+          "svd, clusters aligned, membership, gaussian aligned")
+    for r in rows:
+        print(f"{r['layer']:5} {r['block']:>5} {r['change']:13.3f} {r['rank_90']:5} of {r['full_rank']:4} {100 * r['spectral_share_8']:9.0f} %   "
+              + ", ".join(f"{r['residual'][k]:.3f}" for k in ("svd", "cluster", "membership", "gaussian")))
+    seconds = {}
+    for init in ("cluster", "svd"):
+        start = time.time()
+        for _ in range(12):
+            advlora.ClusterLoRA(torch.randn(3 * 768, 768), 8, 3, init)
+            advlora.ClusterLoRA(torch.randn(768, 768), 8, 1, init)
+        seconds[init] = round(time.time() - start, 2)
+    print(f"median rank for 90 %: {statistics.median(r['rank_90'] for r in rows)} of {rows[0]['full_rank']}; "
+          f"start for the shapes of ViT-B/32, 48 blocks of 768 x 768, rank 8: clusters {seconds['cluster']} s, SVD {seconds['svd']} s")
+    (HERE / "lowrank").mkdir(exist_ok=True)
+    facts = {"dataset": metadata["dataset"], "eps": metadata["eps"], "seed": metadata["seed"], "vit_b_32_seconds": seconds, "rows": rows}
+    common.write(HERE / "lowrank" / f"{metadata['dataset']}.json", (json.dumps(facts) + "\n").encode())
+    picture(rows, f"small CLIP, {metadata['dataset']}").savefig(HERE / "lowrank" / f"{metadata['dataset']}.png", dpi=100)
+
+
+if __name__ == "__main__":
+    common.guard(main)
