@@ -10,7 +10,6 @@ import errno
 import hashlib
 import http.client
 import importlib.util
-import io
 import json
 import logging
 import math
@@ -35,7 +34,7 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
-from robustness import TORCHATTACKS, autoattack, eps_curve, evaluate
+from robustness import TORCHATTACKS, autoattack, draw_curves, eps_curve, evaluate
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -106,7 +105,7 @@ def add_arguments(parser):
     add("--eps", type=fraction, help=f"l_inf radius in pixels; default 1/255, and {round(255 * TINY_EPS)}/255 for the small CLIP (our choice)")
     add("--step", type=fraction, help="step of the test attack; default 1/255, and 2.5 radii over all steps in an l2 ball")
     add("--test-steps", type=at_least(1), default=100, help="steps of the test attack, PGD-N")
-    add("--settle", type=at_least(0), default=10, help="an image broken in this many iterates in a row counts as broken at the final one and leaves"
+    add("--settle", type=at_least(0), default=5, help="an image broken in this many iterates in a row counts as broken at the final one and leaves"
         " the batch (our choice); 0 attacks every image to the end, as published")
     add("--norm", default="linf", choices=["linf", "l2"], help="the ball of the test attack; training is always l_inf")
     add("--test-eps", type=fraction, help="radius of the test attack; default --eps; for l2, a norm over all pixels, to be given")
@@ -121,6 +120,7 @@ def add_arguments(parser):
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: bfloat16 on a CPU that has it,"
         " else float32; float16 is refused")
+    add("--attention", default="auto", choices=["auto", "torch"], help="auto: the attention kernel that is fast here; torch: its own choice")
     add("--out", type=pathlib.Path, default=pathlib.Path("runs"), help="folder of the result files")
     add("--load", type=pathlib.Path, help="evaluate this adapter.safetensors (or its folder) instead of training")
     add("--export", type=pathlib.Path, help="write the merged model as an open_clip folder")
@@ -153,9 +153,8 @@ def parse(parser, argv=None):
     if args.dtype == "auto":
         flags = pathlib.Path("/proc/cpuinfo").read_text() if args.device == "cpu" and os.path.exists("/proc/cpuinfo") else ""
         args.dtype = "bfloat16" if "amx_bf16" in flags or "avx512_bf16" in flags else "float32"
-    if args.device == "cpu":
-        # torch's flash kernel is slow backwards on short sequences on CPU; this switch governs the CPU kernel as well
-        torch.backends.cuda.enable_flash_sdp(False)
+    # torch's flash kernel is slow backwards on short sequences on CPU; this switch governs the CPU kernel as well
+    torch.backends.cuda.enable_flash_sdp(args.device != "cpu" or args.attention == "torch")
     torch.manual_seed(args.seed)
     return args
 
@@ -522,16 +521,7 @@ def save_result(folder, args, method, **facts):
     facts = {**describe(args, method), "device_name": device, "peak_memory_mib": round(peak_memory(args.device)), **facts}
     write(folder / "result.json", (json.dumps(facts, indent=1) + "\n").encode())
     if args.eps_curve:
-        from matplotlib.figure import Figure
-        axes, picture = (figure := Figure((5, 3), layout="constrained")).subplots(), io.BytesIO()
-        for name, style in (("before", "o--"), ("after", "s-")):
-            if facts[name]:
-                radius, accuracy = zip(*facts[name]["eps_curve"])
-                axes.plot([255 * r for r in radius] if args.norm == "linf" else radius, accuracy, style, label=f"{name} training", markersize=4)
-        axes.set(xlabel="eps in 1/255" if args.norm == "linf" else "eps (l2)", ylabel="accuracy under PGD-20 [%]", ylim=(-2, 102))
-        axes.legend()
-        figure.savefig(picture, format="png", dpi=100)
-        write(folder / "eps_curve.png", picture.getvalue())
+        write(folder / "eps_curve.png", draw_curves({k: facts[k]["eps_curve"] for k in ("before", "after") if facts[k]}, args.norm))
 
 
 def peak_memory(device):

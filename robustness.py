@@ -5,6 +5,7 @@ copy it. `attack` is PGD whose batches shrink as images break; `evaluate` adds a
 opinion; `eps_curve` shows how accuracy falls as the ball grows.
 """
 import functools
+import io
 import math
 
 import torch
@@ -114,7 +115,7 @@ def sanity(net, x, y, eps, norm, survived, run):
     ) if wrong]
 
 
-def evaluate(classifier, x, y, eps, step=1 / 255, steps=100, seed=0, batch_size=128, settle=10, restarts=1, norm="linf", index=None, checks=64):
+def evaluate(classifier, x, y, eps, step=1 / 255, steps=100, seed=0, batch_size=128, settle=5, restarts=1, norm="linf", index=None, checks=64):
     """Clean accuracy, and accuracy under PGD with a random start (`attack`): at the final iterate, and at the best of all iterates of all restarts.
 
     classifier: any module from pixels to logits; x (n, 3, h, w) uint8 or float in [0, 1], y (n,); eps, step in pixels; index (n,): names of the
@@ -191,3 +192,16 @@ def eps_curve(classifier, x, y, eps, norm, steps, batch_size):
         if not len(rows) or radius > 1e3 * eps or not eps:
             return curve
         radius += eps / 2
+
+
+def draw_curves(curves, norm):
+    """{"before": eps_curve, "after": eps_curve} -> a PNG, bytes. Needs matplotlib."""
+    from matplotlib.figure import Figure
+    axes, picture = (figure := Figure((5, 3), layout="constrained")).subplots(), io.BytesIO()
+    for (name, curve), style in zip(curves.items(), ("o--", "s-")):
+        radius, accuracy = zip(*curve)
+        axes.plot([255 * r for r in radius] if norm == "linf" else radius, accuracy, style, label=f"{name} training", markersize=4)
+    axes.set(xlabel="eps in 1/255" if norm == "linf" else "eps (l2 norm over all pixels)", ylabel="accuracy under PGD-20 [%]", ylim=(-2, 102))
+    axes.legend()
+    figure.savefig(picture, format="png", dpi=100)
+    return picture.getvalue()

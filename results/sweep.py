@@ -35,7 +35,7 @@ TABLES = {
             "--layers mlp", "--layers both", "--features mean", "--raw --lam 0.5", "--attached", "--augment none")}),
     "lora": (("caltech101",), (1,), {
         row: f"advlora.py {VAL} {row.removeprefix('defaults')}" for row in (
-            "defaults", "--lr 5e-4", "--lr 2e-3", "--rank 4", "--rank 16", "--targets both", "--towers both", f"{PLAIN}", f"{PLAIN} --lr 5e-3",
+            "defaults", "--lr 5e-4", "--lr 5e-3", "--rank 4", "--rank 16", "--targets both", "--towers both", f"{PLAIN}", f"{PLAIN} --lr 5e-3",
             "--clean-weight 0.5", "--full", "--full --lr 3e-5", "--full --lr 3e-4")}),
     "logit-scale": (("caltech101",), (1,), {
         f"s = {s}, lambda {lam}": f"advmask.py {VAL} --logit-scale {s} --lam {lam}" for s in (17, 100) for lam in (0, 10, 50, 250)}),

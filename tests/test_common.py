@@ -144,6 +144,17 @@ def test_bfloat16_gives_float32_logits_close_to_float32(tiny, embedded, images):
     assert low.dtype == torch.float32 and 0 < (low - full).abs().max() < 0.05 * tiny[0].logit_scale.exp()
 
 
+@pytest.mark.parametrize("attention, flash", [("auto", False), ("torch", True)])
+def test_the_fast_attention_on_cpu_is_chosen_and_can_be_switched_off(attention, flash):
+    parser = common.Parser()
+    common.add_arguments(parser)
+    try:
+        common.parse(parser, ["--device", "cpu", "--attention", attention])
+        assert torch.backends.cuda.flash_sdp_enabled() == flash
+    finally:
+        torch.backends.cuda.enable_flash_sdp(False)
+
+
 # -------------------------------------------------------------------------------------------------------------------------------- files
 def full_disk(*_):
     raise OSError(errno.ENOSPC, "No space left on device")

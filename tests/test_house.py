@@ -40,4 +40,4 @@ def test_a_method_imports_no_method(path):
 
 
 def test_robustness_can_be_copied():
-    assert imports(HERE / "robustness.py") <= {"functools", "math", "torch", "torch.nn.functional", "torchattacks"}
+    assert imports(HERE / "robustness.py") <= {"functools", "io", "math", "torch", "torchattacks", "matplotlib", "Figure"}
