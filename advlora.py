@@ -44,7 +44,7 @@ add("--train-step", type=common.fraction, help="PGD step while training; default
 add("--epochs", type=common.at_least(1), default=4, help="training length (our choice) ...")
 add("--min-steps", type=common.at_least(1), default=100, help="... but at least so many steps, so that few shots train too (our choice)")
 add("--steps", type=common.at_least(1), help="training steps; overrides --epochs and --min-steps")
-add("--lr", type=common.at_least(0, float), help="AdamW's first rate, decayed by a cosine; default 1e-3, and 1e-4 with --full (our choice)")
+add("--lr", type=common.at_least(0, float), help="AdamW's first rate, decayed by a cosine; default 1e-3, and 3e-4 with --full (our choice)")
 add("--weight-decay", type=common.at_least(0, float), default=0, help="of AdamW; it pulls towards B A = 0, not towards W_0 (our choice)")
 
 
@@ -222,7 +222,7 @@ def main():
     if not args.load:
         steps = args.steps or max(args.min_steps, args.epochs * math.ceil(len(train) / args.batch_size))
         cosine = [0.5 * (1 + math.cos(math.pi * t / steps)) for t in range(steps)]
-        lr = args.lr if args.lr is not None else 1e-4 if args.full else 1e-3
+        lr = args.lr if args.lr is not None else 3e-4 if args.full else 1e-3
         optimizer = torch.optim.AdamW(parameters, lr, weight_decay=args.weight_decay)
         print(f"{steps} steps of {min(args.batch_size, len(train))} images, lr {lr:.2e}, clean weight {args.clean_weight:g}")
         for t, (x, y) in enumerate(common.batches(train, classifier.size, args, steps)):

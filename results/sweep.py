@@ -36,7 +36,7 @@ TABLES = {
     "lora": (("caltech101",), (1,), {
         row: f"advlora.py {VAL} {row.removeprefix('defaults')}" for row in (
             "defaults", "--lr 5e-4", "--lr 5e-3", "--rank 4", "--rank 16", "--targets both", "--towers both", f"{PLAIN}", f"{PLAIN} --lr 5e-3",
-            "--clean-weight 0.5", "--full", "--full --lr 3e-5", "--full --lr 3e-4")}),
+            "--clean-weight 0.5", "--full", "--full --lr 3e-5", "--full --lr 1e-4", "--full --lr 1e-3")}),
     "logit-scale": (("caltech101",), (1,), {
         f"s = {s}, lambda {lam}": f"advmask.py {VAL} --logit-scale {s} --lam {lam}" for s in (17, 100) for lam in (0, 10, 50, 250)}),
 }

@@ -295,6 +295,11 @@ def test_the_named_weights_are_adapted_and_nothing_else(tiny, targets, towers):
     assert sum(trained.values()) == 6 * SIZES[targets](3, 192) + (4 * SIZES[targets](3, 128) if towers == "both" else 0)
 
 
+def test_attach_hands_its_options_on(tiny):
+    for lora in advlora.attach(tiny[0], 3, **PLAIN, scale=0.5).values():
+        assert not lora.B.any() and (lora.alpha == 0.5).all() and set(dict(lora.named_parameters())) == {"A", "B"}
+
+
 def test_number_of_trained_parameters_in_vit_b_32():
     clip, _ = common.load_clip("ViT-B-32-quickgelu", "none")
     for targets, expected in (("attn", TRAINED_VIT_B_32), ("mlp", 12 * (2 * (8 * 5 * 768 + 1)))):
@@ -431,6 +436,7 @@ def test_merged_is_unmerged_is_exported(tiny, embedded, images, tmp_path, target
     assert ((text - plain_text).abs().max() > 1e-3) == (towers == "both")
     assert not parametrize.is_parametrized(clip) and not any(p.requires_grad for p in clip.parameters())
     assert {k for k, v in clip.state_dict().items() if not torch.equal(v, start[k])} == set(loras) and sorted(clip.state_dict()) == sorted(start)
+    assert not any(p.requires_grad for p in advlora.merge(clip.requires_grad_(), {}).parameters()), "after --full as well"
     common.export(clip, config, tmp_path / "x")
     again, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'x'}")
     assert sorted(again.state_dict()) == sorted(start)

@@ -180,6 +180,11 @@ def test_restarts_break_more_and_leave_the_final_iterate_alone():
     assert all(int(a) & 4 >= int(b) & 4 for a, b in zip(one["outcomes"], many["outcomes"]))
 
 
+def test_nothing_left_for_a_restart_is_no_fault(linear):
+    result = robustness.evaluate(linear.net, linear.x, linear.y, 0.3, 0.1, steps=10, restarts=3)
+    assert result["pgd"] == result["pgd_best"] == 0
+
+
 def test_evaluate_takes_uint8(linear):
     x = (255 * linear.x).round()
     as_float, as_bytes = (robustness.evaluate(linear.net, v, linear.y, linear.eps, steps=3) for v in (x / 255, x.to(torch.uint8)))
