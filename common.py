@@ -71,25 +71,19 @@ class Parser(argparse.ArgumentParser):
 def fraction(text):
     """'1/255' or '0.004' -> float >= 0."""
     above, _, below = text.partition("/")
-    try:
-        value = float(above) / float(below or 1)
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f"expected a number such as 1/255 or 0.004, found {text!r}")
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a finite number of at least 0, found {text!r}")
-    return value
+    with contextlib.suppress(ValueError, ZeroDivisionError):
+        if 0 <= (value := float(above) / float(below or 1)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"expected a finite number of at least 0, such as 1/255 or 0.004, found {text!r}")
 
 
 def at_least(low, kind=int):
     """An argparse type: a number of at least `low`, below 2^63."""
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"expected a number of at least {low}, found {text!r}")
-        if not low <= value < 2**63:
-            raise argparse.ArgumentTypeError(f"expected a number of at least {low}, found {text!r}")
-        return value
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) < 2**63:
+                return value
+        raise argparse.ArgumentTypeError(f"expected a number of at least {low}, found {text!r}")
     return parse
 
 
@@ -98,6 +92,7 @@ def add_arguments(parser):
     add = parser.add_argument
     add("--dataset", default="embedded", choices=["embedded", "folder", *DATASETS], help="embedded: tiny/fashion.npz; folder: your own images")
     add("--data-root", type=pathlib.Path, default=pathlib.Path("data"), help="folder of the datasets (CoOp's layout), or of your classes")
+    add("--no-download", action="store_true", help="never download images or splits; say where they are to be had instead")
     add("--shots", type=at_least(1), default=16, help="training images per class")
     add("--classes", default="all", choices=["all", "base", "new"], help="all classes, or CoOp's first or second half")
     add("--model", help="tiny, an open_clip name, or local-dir:DIR; default: tiny for the embedded data, else ViT-B-32-quickgelu")
@@ -160,53 +155,54 @@ def parse(parser, argv=None):
 
 
 # --------------------------------------------------------------------------------------------------------------------------- datasets
-class Item(NamedTuple):
-    """One image: a path or a uint8 array, its label, its class name."""
-    image: object
-    label: int
-    name: str
-
-
-class Data(NamedTuple):
-    """A dataset: class names by label, the prompt template, and three lists of Item."""
-    classes: list
-    template: str
-    train: list
-    val: list
-    test: list
-
-
-class Source(NamedTuple):
-    """One line per dataset: folder under the data root, image folder in it, split file, md5 of its parsed content, template, torchvision class."""
-    folder: str
-    images: str
-    split: str
-    md5: str
-    template: str
-    torchvision: str
-
+# one image: a path or a uint8 array, its label, its class name
+Item = NamedTuple("Item", [("image", object), ("label", int), ("name", str)])
+# class names by label, the prompt template, and three lists of Item
+Data = NamedTuple("Data", [("classes", list), ("template", str), ("train", list), ("val", list), ("test", list)])
+# one line per dataset: folder under the data root, image folder in it, file of the split, md5 of its parsed content (empty: not at hand, so not
+# checked), prompt, and where the images come from: a class of torchvision that downloads them, or an address, files and their size
+Source = NamedTuple("Source", [(key, str) for key in ("folder", "images", "split", "md5", "template", "origin")])
 
 SPLITS = "https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/c7e7e68ae4eeadfab98e7886b2d6c9cf48a7ceb5/splits/"
+PHOTO = "a photo of a {}."
 DATASETS = {
     "caltech101": Source("caltech-101", "101_ObjectCategories", "split_zhou_Caltech101.json", "06f9c268c38af55e10957bae4bcf47d8",
-                         "a photo of a {}.", "Caltech101"),
+                         PHOTO, "Caltech101"),
+    "dtd": Source("dtd", "images", "split_zhou_DescribableTextures.json", "c2b3f429a5c72f41ba7dbe2c6fb8d9a9", "{} texture.", "DTD"),
+    "eurosat": Source("eurosat", "2750", "split_zhou_EuroSAT.json", "c3e7c2c2b11e4d6afe26aa9a5b3735be",
+                      "a centered satellite photo of {}.", "EuroSAT"),
+    "fgvc_aircraft": Source("fgvc_aircraft", "images", "images_variant_train.txt", "", "a photo of a {}, a type of aircraft.", "FGVCAircraft"),
+    "food101": Source("food-101", "images", "split_zhou_Food101.json", "", "a photo of {}, a type of food.", "Food101"),
+    "imagenet": Source("imagenet", "images", "classnames.txt", "", PHOTO,
+                       "https://image-net.org (ILSVRC2012, train and val as folders of wnids, 145 GB; for classnames.txt see CoOp's DATASETS.md)"),
+    "oxford_flowers": Source("oxford_flowers", "jpg", "split_zhou_OxfordFlowers.json", "395a052b213500e75f4b8d0c5a85a465",
+                             "a photo of a {}, a type of flower.", "Flowers102"),
+    "oxford_pets": Source("oxford_pets", "images", "split_zhou_OxfordPets.json", "7cb3ea48a02575b316c5187147752e2f",
+                          "a photo of a {}, a type of pet.", "OxfordIIITPet"),
+    "stanford_cars": Source("stanford_cars", "", "split_zhou_StanfordCars.json", "8f798c281df9ff2ba29b1fbcff7d1d5b", PHOTO,
+                            "http://ai.stanford.edu/~jkrause/car196/ (cars_train.tgz and cars_test.tgz, 16,185 images, 1.8 GB; often unreachable)"),
+    "sun397": Source("sun397", "SUN397", "split_zhou_SUN397.json", "", PHOTO,
+                     "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz (108,754 images, 37 GB; often unreachable)"),
+    "tiny_imagenet": Source("tiny-imagenet-200", "", "words.txt", "", PHOTO,
+                            "http://cs231n.stanford.edu/tiny-imagenet-200.zip (240 MB)"),
+    "ucf101": Source("ucf101", "UCF-101-midframes", "split_zhou_UCF101.json", "bd5e8d4073fee6f8d2235aafaf4903a9", "a photo of a person doing {}.",
+                     "UCF-101-midframes.zip, linked in CoOp's DATASETS.md, https://github.com/KaiyangZhou/CoOp (13,320 images)"),
 }
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
-def load_dataset(name, root):
+def load_dataset(name, root, download=True):
     """The dataset `name` under `root`, downloaded where that is possible -> Data. Raises Fault."""
     if name == "embedded":
         return load_embedded()
-    return load_folder(root) if name == "folder" else load_coop(name, root)
+    return load_folder(root) if name == "folder" else load_published(name, root, download)
 
 
 def load_embedded():
     """tiny/fashion.npz: 16 train, 4 val and 20 test images per class of Fashion-MNIST, 28 x 28 grey."""
     arrays = np.load(HERE / "tiny" / "fashion.npz")
     names = [str(n) for n in arrays["classes"]]
-    parts = ([Item(x, int(y), names[y]) for x, y in zip(arrays[f"{s}_x"], arrays[f"{s}_y"])] for s in ("train", "val", "test"))
-    return Data(names, "a photo of a {}.", *parts)
+    return Data(names, PHOTO, *([Item(x, int(y), names[y]) for x, y in zip(arrays[f"{s}_x"], arrays[f"{s}_y"])] for s in ("train", "val", "test")))
 
 
 def load_folder(root):
@@ -221,8 +217,7 @@ def load_folder(root):
         raise Fault(f"{root} has {len(folders)} sub-folders; expected at least 2, one per class")
     names = [p.name.replace("_", " ") for p in folders]
     if (root / "classnames.txt").exists():
-        names = (root / "classnames.txt").read_text().split("\n")
-        names = [n.strip() for n in names if n.strip()]
+        names = [line.strip() for line in (root / "classnames.txt").read_text().split("\n") if line.strip()]
         if len(names) != len(folders):
             raise Fault(f"{root / 'classnames.txt'} names {len(names)} classes, expected one line for each of the {len(folders)} sub-folders")
     parts = [[], [], []]
@@ -232,36 +227,66 @@ def load_folder(root):
             raise Fault(f"{folder} has {len(files)} images; expected at least 3, for train, val and test")
         random.Random(0).shuffle(files)
         n_val, n_test = max(1, round(0.2 * len(files))), max(1, round(0.3 * len(files)))
-        cuts = (files[n_val + n_test:], files[:n_val], files[n_val:n_val + n_test])
-        for part, some in zip(parts, cuts):
+        for part, some in zip(parts, (files[n_val + n_test:], files[:n_val], files[n_val:n_val + n_test])):
             part += [Item(p, label, names[label]) for p in some]
-    return Data(names, "a photo of a {}.", *parts)
+    return Data(names, PHOTO, *parts)
 
 
-def load_coop(name, root):
-    """A dataset in CoOp's layout: <root>/<folder>/<images>/... and the published split file, whose parsed content is checked."""
+def load_published(name, root, download=True):
+    """A dataset in CoOp's layout: <root>/<folder>/<images>/... and the published split, whose parsed content is checked -> Data. Raises Fault."""
     source = DATASETS[name]
-    folder = root / source.folder
-    split = folder / source.split
-    if not (folder / source.images).is_dir():
-        download_images(source, root)
-    if not split.exists():
-        fetch(SPLITS + source.split, split)
+    folder, images = root / source.folder, root / source.folder / source.images
+    if not any(path.suffix not in (".json", ".txt") for path in images.glob("*")):
+        download_images(source, root, download)
+    if source.split.endswith(".json") and not (folder / source.split).exists():
+        fetch(SPLITS + source.split, folder / source.split, download)
     try:
-        parsed = json.loads(split.read_text())
-        md5 = hashlib.md5(json.dumps(parsed, sort_keys=True).encode()).hexdigest()
-    except ValueError as fault:
-        raise Fault(f"{split} is not JSON ({fault}); delete it, and the next run fetches it again")
-    if md5 != source.md5:
-        raise Fault(f"{split} is not the published split (content {md5}, expected {source.md5}); delete it, and the next run fetches it again")
-    parts = [[Item(folder / source.images / path, label, label_name) for path, label, label_name in parsed[s]] for s in ("train", "val", "test")]
+        parsed = {"fgvc_aircraft": read_aircraft, "imagenet": read_wnids, "tiny_imagenet": read_wnids}.get(name, read_json)(folder, source)
+    except (OSError, ValueError, KeyError) as fault:
+        kind = "is not JSON" if isinstance(fault, json.JSONDecodeError) else "cannot be read"
+        raise Fault(f"{folder / source.split} {kind} ({type(fault).__name__}: {fault}); delete it, and the next run fetches it again")
+    md5 = hashlib.md5(json.dumps(parsed, sort_keys=True).encode()).hexdigest()
+    if source.md5 and md5 != source.md5:
+        raise Fault(f"{folder / source.split} is not the published split (content {md5}, expected {source.md5}); delete it: the next run fetches it")
+    parts = [[Item(images / path, label, label_name) for path, label, label_name in parsed[s]] for s in ("train", "val", "test")]
     names = {item.label: item.name for item in parts[0]}
     return Data([names[label].replace("_", " ") for label in sorted(names)], source.template, *parts)
 
 
-def fetch(url, path):
+def read_json(folder, source):
+    """CoOp's split file -> {"train": [[path, label, class name], ...], "val": ..., "test": ...}."""
+    return json.loads((folder / source.split).read_text())
+
+
+def read_aircraft(folder, source):
+    """FGVC-Aircraft's own lists: a line is `<image> <variant>`; labels are the lines of variants.txt."""
+    names, parsed = (folder / "variants.txt").read_text().split("\n"), {}
+    for part in ("train", "val", "test"):
+        lines = (folder / source.split.replace("train", part)).read_text().strip().split("\n")
+        parsed[part] = [[f"{image}.jpg", names.index(name), name] for image, name in (line.split(" ", 1) for line in lines)]
+    return parsed
+
+
+def read_wnids(folder, source):
+    """ImageNet and Tiny ImageNet: train/<wnid>/..., labels are the sorted wnids; the published test set is val, which is both here, as in CoOp."""
+    images, lines = folder / source.images, (folder / source.split).read_text().strip().split("\n")
+    names = {wnid: name.split(",")[0] for wnid, name in (line.replace("\t", " ").split(" ", 1) for line in lines)}
+    labels = {path.name: label for label, path in enumerate(sorted(p for p in (images / "train").iterdir() if p.is_dir()))}
+    train = [(path, wnid) for wnid in labels for path in sorted((images / "train" / wnid).rglob("*.JPEG"))]
+    notes = images / "val" / "val_annotations.txt"
+    if notes.exists():
+        val = [(images / "val" / "images" / line.split("\t")[0], line.split("\t")[1]) for line in notes.read_text().strip().split("\n")]
+    else:
+        val = [(path, wnid) for wnid in labels for path in sorted((images / "val" / wnid).glob("*.JPEG"))]
+    train, val = ([[str(path.relative_to(images)), labels[wnid], names[wnid]] for path, wnid in part] for part in (train, val))
+    return {"train": train, "val": val, "test": val}
+
+
+def fetch(url, path, download=True):
     """Download a small file under a temporary name, then rename. Raises Fault with the address, the folder and the file."""
     try:
+        if not download:
+            raise OSError("--no-download")
         with urllib.request.urlopen(url, timeout=60) as answer:
             content = answer.read()
     except (OSError, http.client.HTTPException) as fault:
@@ -269,21 +294,26 @@ def fetch(url, path):
     write(path, content)
 
 
-def download_images(source, root):
-    """Let torchvision download and unpack into a temporary folder, then move the image folder to CoOp's place."""
+def download_images(source, root, download=True):
+    """Let torchvision download and unpack into a temporary folder, then move the images, and text files beside them, to CoOp's place."""
     target = root / source.folder / source.images
+    if not download or not source.origin.isalnum():
+        origin = f"torchvision.datasets.{source.origin}" if source.origin.isalnum() else source.origin
+        raise Fault(f"{target} is missing; get {origin}, and put the images there by hand, or set --data-root")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix="download-") as scratch:
         try:
-            getattr(torchvision.datasets, source.torchvision)(scratch, download=True)
+            with contextlib.suppress(ImportError):    # Flowers102 wants scipy for labels that are not used here
+                getattr(torchvision.datasets, source.origin)(scratch, download=True)
         except (OSError, http.client.HTTPException, RuntimeError, ValueError, EOFError) as fault:
             if getattr(fault, "errno", None) == errno.ENOSPC:
                 raise
             raise Fault(f"{target} is missing, and torchvision's download failed ({fault}); put the images there by hand, or set --data-root")
-        found = next((p for p in pathlib.Path(scratch).rglob(source.images) if p.is_dir()), None)
+        found = next((p for p in sorted(pathlib.Path(scratch).rglob(source.images)) if p.is_dir()), None)
         if found is None:
             raise Fault(f"torchvision's download holds no folder {source.images}; put the images at {target} by hand")
-        os.replace(found, target)
+        for path in (*found.parent.glob("*.txt"), found):
+            os.replace(path, target.parent / path.name)
 
 
 def few_shot(train, val, k, seed):
@@ -304,11 +334,10 @@ def half(data, part):
     """CoOp's base or new classes: labels sorted, the first ceil(n/2) are base, the rest new, relabelled from 0. `all`: unchanged."""
     if part == "all":
         return data
-    m = math.ceil(len(data.classes) / 2)
-    start, names = (0, data.classes[:m]) if part == "base" else (m, data.classes[m:])
-    keep = range(start, start + len(names))
-    parts = ([item._replace(label=item.label - start) for item in items if item.label in keep] for items in data[2:])
-    return Data(names, data.template, *parts)
+    n = len(data.classes)
+    keep = range(math.ceil(n / 2)) if part == "base" else range(math.ceil(n / 2), n)
+    parts = ([item._replace(label=item.label - keep.start) for item in items if item.label in keep] for items in data[2:])
+    return Data([data.classes[label] for label in keep], data.template, *parts)
 
 
 def decode(items, size, crop):
@@ -435,7 +464,7 @@ class Classifier(nn.Module):
 # ------------------------------------------------------------------------------------------------------------------------- evaluation
 def prepare(args):
     """Load what the arguments name -> classifier, the few-shot training items, and a function that evaluates what the classifier has become."""
-    data = half(load_dataset(args.dataset, args.data_root), args.classes)
+    data = half(load_dataset(args.dataset, args.data_root, not args.no_download), args.classes)
     classifier = Classifier(*load_clip(args.model, args.pretrained, args.device), data.classes, data.template, args.dtype, args.logit_scale)
     train, _ = few_shot(data.train, data.val, args.shots, args.seed)
     x, y = test_split(data, args, classifier.size)
@@ -525,14 +554,13 @@ def save_result(folder, args, method, **facts):
 
 
 def peak_memory(device):
-    """MiB: the GPU's peak allocation, or the process's largest resident size."""
+    """MiB: the GPU's peak allocation, or the process's largest resident size; 0 where the system has no such count."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        import resource  # Unix only
-    except ImportError:
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    with contextlib.suppress(ImportError):    # Unix only
+        import resource
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return 0.0
 
 
 def check_new(folder):

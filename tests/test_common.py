@@ -10,6 +10,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 import common
@@ -63,6 +64,100 @@ def test_caltech101_is_the_published_split(data_root):
     assert [len(part) for part in data[2:]] == [4128, 1649, 2465] and len(data.classes) == 100
     assert data.classes[0] == "face" and not any("_" in name for name in data.classes)
     assert all(item.image.is_file() for item in data.test)
+
+
+# the protocol's counts of train, val and test images and classes, and prompts for a class `x_y`
+PUBLISHED = {
+    "caltech101": ((4128, 1649, 2465, 100), "a photo of a x y."),
+    "dtd": ((2820, 1128, 1692, 47), "x y texture."),
+    "eurosat": ((13500, 5400, 8100, 10), "a centered satellite photo of x y."),
+    "oxford_flowers": ((4093, 1633, 2463, 102), "a photo of a x y, a type of flower."),
+    "oxford_pets": ((2944, 736, 3669, 37), "a photo of a x y, a type of pet."),
+    "stanford_cars": ((6509, 1635, 8041, 196), "a photo of a x y."),
+    "ucf101": ((7639, 1898, 3783, 101), "a photo of a person doing x y."),
+}
+PROMPTS = {**{name: prompt for name, (_, prompt) in PUBLISHED.items()}, "fgvc_aircraft": "a photo of a x y, a type of aircraft.",
+           "food101": "a photo of x y, a type of food.", "imagenet": "a photo of a x y.", "sun397": "a photo of a x y.",
+           "tiny_imagenet": "a photo of a x y."}
+
+
+def test_the_prompts_are_the_published_ones():
+    assert {name: source.template.format("x y") for name, source in common.DATASETS.items()} == PROMPTS
+
+
+@pytest.fixture
+def layout(data_root, tmp_path):
+    """layout(name): CoOp's folder of a dataset with the published split and no image -> root."""
+    def make(name):
+        source = common.DATASETS[name]
+        (tmp_path / source.folder / source.images / "some").mkdir(parents=True)
+        there = [p for p in (data_root / "splits" / source.split, data_root / source.folder / source.split) if p.exists()]
+        (tmp_path / source.folder / source.split).write_bytes(there[0].read_bytes())
+        return tmp_path
+    return make
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_splits(layout, name):
+    data, source = common.load_dataset(name, root := layout(name)), common.DATASETS[name]
+    assert (*map(len, data[2:]), len(data.classes)) == PUBLISHED[name][0]
+    assert not any("_" in c for c in data.classes) and sorted({i.label for i in data.train}) == list(range(len(data.classes)))
+    assert all(i.image.is_relative_to(root / source.folder / source.images) and data.classes[i.label] == i.name.replace("_", " ") for i in data.test)
+    train, val = common.few_shot(data.train, data.val, 16, 1)
+    counts = [np.bincount([i.label for i in part], minlength=len(data.classes)) for part in (train, val)]
+    assert counts[0].max() == 16 and counts[1].max() == 4 and len(set(train)) == len(train)
+    parsed = json.loads((root / source.folder / source.split).read_text())
+    parsed["test"][0][0] = "another.jpg"
+    (root / source.folder / source.split).write_text(json.dumps(parsed))
+    with pytest.raises(common.Fault, match="not the published split"):
+        common.load_dataset(name, root)
+
+
+def test_aircraft_is_read_from_its_own_lists(tmp_path):
+    folder = tmp_path / "fgvc_aircraft"
+    (folder / "images").mkdir(parents=True)
+    (folder / "images" / "1.jpg").write_bytes(b"")
+    (folder / "variants.txt").write_text("707-320\nF/A-18\n")
+    for part, lines in (("train", "0001 F/A-18\n0002 707-320\n"), ("val", "0003 707-320\n"), ("test", "0004 F/A-18\n0005 707-320\n")):
+        (folder / f"images_variant_{part}.txt").write_text(lines)
+    data = common.load_dataset("fgvc_aircraft", tmp_path)
+    assert data.classes == ["707-320", "F/A-18"] and [[i.label for i in part] for part in data[2:]] == [[1, 0], [0], [1, 0]]
+    assert data.test[0].image == folder / "images" / "0004.jpg"
+    (folder / "variants.txt").unlink()
+    with pytest.raises(common.Fault, match="cannot be read"):
+        common.load_dataset("fgvc_aircraft", tmp_path)
+
+
+def test_imagenet_is_read_from_its_folders(tmp_path):
+    folder = tmp_path / "imagenet"
+    for part, n in (("train", 3), ("val", 2)):
+        for wnid in ("n02", "n01"):
+            (folder / "images" / part / wnid).mkdir(parents=True)
+            for i in range(n):
+                (folder / "images" / part / wnid / f"{wnid}_{i}.JPEG").write_bytes(b"")
+    (folder / "classnames.txt").write_text("n01 great white shark\nn02 tench\n")
+    data = common.load_dataset("imagenet", tmp_path)
+    assert data.classes == ["great white shark", "tench"] and [len(part) for part in data[2:]] == [6, 4, 4]
+    assert data.train[0].image == folder / "images" / "train" / "n01" / "n01_0.JPEG" and data.val == data.test
+
+
+def test_tiny_imagenet_is_the_published_one(data_root):
+    data = common.load_dataset("tiny_imagenet", data_root)
+    assert len(data.classes) == 200 and len(data.test) == 10_000 and data.classes[0] == "goldfish"
+    assert all(i.image.is_file() for i in data.test[::500]) and np.bincount([i.label for i in data.test]).tolist() == [50] * 200
+
+
+@pytest.mark.parametrize("name", [name for name in common.DATASETS if name != "caltech101"])
+def test_where_the_images_are_not_the_sentence_says_where_to_get_them(tmp_path, name):
+    source = common.DATASETS[name]
+    with pytest.raises(common.Fault, match="is missing") as fault:
+        common.load_dataset(name, tmp_path, download=False)
+    assert str(tmp_path / source.folder / source.images) in str(fault.value) and source.origin in str(fault.value)
+    if not source.origin.isalnum():    # torchvision cannot: never tried
+        with pytest.raises(common.Fault, match="http|DATASETS.md"):
+            common.load_dataset(name, tmp_path)
+    else:
+        assert hasattr(torchvision.datasets, source.origin)
 
 
 def test_embedded_is_balanced(embedded):
