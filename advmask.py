@@ -34,7 +34,7 @@ add("--layers", default="mhsa", choices=["mhsa", "mlp", "both"], help="masked we
 add("--init", type=float, default=1e-2, help="start of every entry of M (our choice: R-AMT's)")
 add("--threshold", type=float, default=5e-3, help="alpha: an entry of at most alpha switches its weight off (our choice: R-AMT's)")
 add("--loss", default="lafa", choices=["ce", "js", "kl", "align", "lafa"], help="CE alone, or CE + lambda times JS, KL, alignment, LAFA")
-add("--lam", type=common.at_least(0, float), default=50, help="lambda")
+add("--lam", type=common.at_least(0, float), help="lambda; default 50, as published, and 150 for the small CLIP (our choice)")
 add("--eps-w", type=common.at_least(0, float), default=1e-6, help="epsilon_w in LAFA's weight (our choice)")
 add("--features", default="cls", choices=["cls", "mean"], help="a block's feature: CLS token, or mean over tokens (our choice)")
 add("--raw", action="store_true", help="do not scale features to unit length before comparing them (our choice: unit length)")
@@ -201,6 +201,7 @@ def main():
     args = common.parse(parser)
     start = time.time()
     train_step = args.eps if args.train_step is None else args.train_step
+    args.lam = args.lam if args.lam is not None else 150 if args.model == "tiny" else 50
     folder, metadata = common.run_folder(args, "advmask"), common.describe(args, "advmask")
     if args.load:
         tensors, metadata = common.load_adapter(args.load, "advmask", args, ["layers"])

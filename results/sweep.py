@@ -31,7 +31,7 @@ TABLES = {
     "zero-shot": (BOTH, (1,), {f"eps {k}/255": f"advmask.py --steps 1 --lr 0 --eps {k}/255 --after-only" for k in (1, 2, 3)}),
     "choices": (("caltech101",), (1,), {
         row: f"advmask.py {VAL} {row.removeprefix('defaults')}" for row in (
-            "defaults", "--lam 0", "--lam 150", "--lam 500", "--budget 0.75", "--budget 3", "--steps 300 --budget 3", "--optimizer adam --budget 1.5",
+            "defaults", "--lam 0", "--lam 50", "--lam 500", "--budget 0.75", "--budget 3", "--steps 300 --budget 3", "--optimizer adam --budget 1.5",
             "--layers mlp", "--layers both", "--features mean", "--raw --lam 0.5", "--attached", "--augment none")}),
     "lora": (("caltech101",), (1,), {
         row: f"advlora.py {VAL} {row.removeprefix('defaults')}" for row in (
