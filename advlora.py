@@ -117,18 +117,21 @@ WEIGHTS = {"attn": {"attn.in_proj_weight": 3, "attn.out_proj.weight": 1}, "mlp":
 WEIGHTS["both"] = WEIGHTS["attn"] | WEIGHTS["mlp"]
 
 
-def attach(clip, rank, targets="attn", towers="vision", **options):
+def attach(clip, rank, targets="attn", towers="vision", seed=0, **options):
     """Adapt the named weights of every block of an open_clip ViT's image tower, or of both towers -> {parameter name: ClusterLoRA}.
 
-    targets: attn (in_proj (3d, d) as q, k, v, and out_proj (d, d)), mlp (c_fc (4d, d) and c_proj (d, 4d)) or both; options: ClusterLoRA's.
+    targets: attn (in_proj (3d, d) as q, k, v, and out_proj (d, d)), mlp (c_fc (4d, d) and c_proj (d, 4d)) or both; options: ClusterLoRA's; each matrix
+    has a seed of its own. Raises Fault where there is no such tower.
     """
+    if towers == "both" and not hasattr(clip, "transformer"):
+        raise common.Fault("this model has no text transformer that --towers both could adapt; use --towers vision")
     loras, roots = {}, {"visual.transformer": clip.visual.transformer} | ({"transformer": clip.transformer} if towers == "both" else {})
     for root, transformer in roots.items():
         for i, block in enumerate(transformer.resblocks):
             for name, blocks in WEIGHTS[targets].items():
                 module, _, weight = name.rpartition(".")
                 module = block.get_submodule(module)
-                lora = ClusterLoRA(getattr(module, weight), rank, blocks, **options)
+                lora = ClusterLoRA(getattr(module, weight), rank, blocks, seed=seed + len(loras), **options)
                 parametrize.register_parametrization(module, weight, lora)
                 loras[f"{root}.resblocks.{i}.{name}"] = lora
     return loras
@@ -187,6 +190,8 @@ def main():
     if args.load:
         tensors, metadata = common.load_adapter(args.load, "advlora", args, ["rank", "targets", "towers", "full"])
         args.rank, args.targets, args.towers, args.full = (metadata[k] for k in ("rank", "targets", "towers", "full"))
+        if not args.rank.isdigit() or args.targets not in WEIGHTS:
+            raise common.Fault(f"adapter {args.load} has rank {args.rank!r} and targets {args.targets!r}; expected a file that this program saved")
         args.rank, args.full = int(args.rank), args.full == "True"
     if args.full and args.towers == "both":
         raise common.Fault("--full trains the image tower; leave out --towers both")

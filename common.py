@@ -524,7 +524,7 @@ def load_adapter(path, method, args, needs=()):
         raise Fault(f"adapter {path} does not exist; expected an adapter.safetensors or the folder of a run")
     except Exception as fault:    # safetensors has one error class for every broken header
         raise Fault(f"adapter {path} cannot be read ({fault})")
-    missing = {"method", "model", "pretrained", *needs} - set(metadata)
+    missing = {"method", "model", "pretrained", *(needs if metadata.get("method") == method else ())} - set(metadata)
     if missing:
         raise Fault(f"adapter {path} does not say its {', '.join(sorted(missing))}; expected a file that this program saved")
     for key, expected in (("method", method), ("model", args.model), ("pretrained", args.pretrained)):
