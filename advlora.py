@@ -120,7 +120,7 @@ WEIGHTS["both"] = WEIGHTS["attn"] | WEIGHTS["mlp"]
 def attach(clip, rank, targets="attn", towers="vision", seed=0, **options):
     """Adapt the named weights of every block of an open_clip ViT's image tower, or of both towers -> {parameter name: ClusterLoRA}.
 
-    targets: attn (in_proj (3d, d) as q, k, v, and out_proj (d, d)), mlp (c_fc (4d, d) and c_proj (d, 4d)) or both; options: ClusterLoRA's; each matrix
+    targets: attn (in_proj (3d, d) as q, k, v, and out_proj (d, d)), mlp (c_fc (4d, d) and c_proj (d, 4d)) or both; options: ClusterLoRA's; a matrix
     has a seed of its own. Raises Fault where there is no such tower.
     """
     if towers == "both" and not hasattr(clip, "transformer"):
