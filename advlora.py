@@ -14,7 +14,8 @@ The idea. W_0 (d_out, d_in) is a frozen weight, A (r, d_in) and B (d_out, r) are
     W = W_0 + (a B A - a_0 B_0 A_0),    A_0 = k-means centres of W_0's rows,    B_0 = argmin_B |B A_0 - W_0|_F,    a_0 = 1
     min over A, B, a  E[ CE(f_W(x~), y) ],   x~ = x + argmax over |delta| <= eps of CE(f_W(x + delta), y)
 
-W = W_0 at the start, and each of A, B, a has a gradient there. Every block of every adapted matrix (q, k, v apart) adds r (d_in + d_out) + 1 numbers:
+a, one number a block, is the adaptive scale ("alpha" in the code). W = W_0 at the start, and with alignment each of A, B, a has a gradient there;
+--clean-weight adds a cross-entropy on clean images. Every block of every adapted matrix (q, k, v apart) adds r (d_in + d_out) + 1 numbers:
 with the default targets in one tower of n blocks of width d, n (8 r d + 4); on ViT-B/32's image tower with r = 8 that is 589,872.
 """
 import math
@@ -34,7 +35,7 @@ add("--rank", type=common.at_least(1), default=8, help="r, the number of cluster
 add("--init", default="cluster", choices=["cluster", "svd", "gaussian"], help="A's start: k-means centres, right singular vectors, Kaiming noise")
 add("--no-align", action="store_true", help="B = 0 at the start instead of the least-squares alignment")
 add("--no-adaptive", action="store_true", help="keep a at its start; with --init gaussian --no-align this is plain LoRA, W_0 + a B A")
-add("--scale", type=common.at_least(0, float), default=1, help="a_0, the start of a (our choice)")
+add("--scale", type=common.at_least(1e-6, float), default=1, help="a_0, the start of a (our choice)")
 add("--targets", default="attn", choices=["attn", "mlp", "both"], help="adapted weights of every block: attention, MLP, or both (our choice)")
 add("--towers", default="vision", choices=["vision", "both"], help="adapt the image tower, or the text tower as well (our choice)")
 add("--full", action="store_true", help="train every weight of the image tower instead: full adversarial fine-tuning, the yardstick")
@@ -188,11 +189,11 @@ def main():
     train_step = args.eps if args.train_step is None else args.train_step
     folder, metadata = common.run_folder(args, "advlora"), common.describe(args, "advlora")
     if args.load:
-        tensors, metadata = common.load_adapter(args.load, "advlora", args, ["rank", "targets", "towers", "full"])
-        args.rank, args.targets, args.towers, args.full = (metadata[k] for k in ("rank", "targets", "towers", "full"))
+        tensors, metadata = common.load_adapter(args.load, "advlora", args, ["rank", "targets", "towers", "no_adaptive", "full"])
+        args.rank, args.targets, args.towers = (metadata[k] for k in ("rank", "targets", "towers"))
         if not args.rank.isdigit() or args.targets not in WEIGHTS:
             raise common.Fault(f"adapter {args.load} has rank {args.rank!r} and targets {args.targets!r}; expected a file that this program saved")
-        args.rank, args.full = int(args.rank), args.full == "True"
+        args.rank, args.no_adaptive, args.full = int(args.rank), metadata["no_adaptive"] == "True", metadata["full"] == "True"
     if args.full and args.towers == "both":
         raise common.Fault("--full trains the image tower; leave out --towers both")
     classifier, train, measure = common.prepare(args)
@@ -245,22 +246,25 @@ def main():
             optimizer.step()
             if (t + 1) % 50 == 0 or t + 1 == steps:
                 accuracy = 100 * (logits_adv.argmax(1) == y).float().mean().item()
-                alphas = torch.cat([lora.alpha.detach().flatten() for lora in loras.values()]) if loras else torch.ones(1)
-                print(f"step {t + 1}/{steps}  ce {ce.item():.3f}  clean {clean.item():.3f}  train adv acc {accuracy:.0f} %  "
-                      f"a {alphas.min():.2f} to {alphas.max():.2f}  {time.time() - training:.0f} s", flush=True)
+                a = [a for lora in loras.values() for a in lora.alpha.flatten().tolist()]
+                scales = f"a {min(a):.2f} to {max(a):.2f}" if loras else "all weights"
+                print(f"step {t + 1}/{steps}  ce {ce.item():.3f}  clean term {clean.item():.3f}  train adv acc {accuracy:.0f} %  "
+                      f"{scales}  {time.time() - training:.0f} s", flush=True)
         common.save_adapter(folder / "adapter.safetensors", state, metadata)
     training = time.time() - training
 
     # -- evaluation of the merged model
     merge(clip, loras)
-    with torch.no_grad():
-        classifier.text = classifier.encode_classes()
+    if args.towers == "both":
+        with torch.no_grad():
+            classifier.text = classifier.encode_classes()
     after = measure()
-    common.table([("zero-shot", before), ("AdvLoRA", after)], args.test_steps)
+    common.table([("zero-shot", before), ("fine-tuned" if args.full else "AdvLoRA", after)], args.test_steps)
     if args.export:
         common.export(clip, classifier.config, args.export)
-    common.save_result(folder, args, "advlora", before=before, after=after, trained=trained, vision=vision, total=total, residual=residual,
-                       setup_seconds=round(setup, 2), training_seconds=round(training, 1), seconds=round(time.time() - start, 1))
+    common.save_result(folder, args, "advlora", adapter=metadata if args.load else None, before=before, after=after, trained=trained,
+                       vision=vision, total=total, residual=residual, setup_seconds=round(setup, 2), training_seconds=round(training, 1),
+                       seconds=round(time.time() - start, 1))
     print(f"peak memory {common.peak_memory(args.device):.0f} MiB, {time.time() - start:.0f} s (training {training:.0f} s); files in {folder}")
 
 

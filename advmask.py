@@ -31,7 +31,7 @@ parser = common.Parser(description=__doc__.split("\n")[0])
 common.add_arguments(parser)
 add = parser.add_argument
 add("--layers", default="mhsa", choices=["mhsa", "mlp", "both"], help="masked weights of every vision block: attention, MLP, or both")
-add("--init", type=float, default=1e-2, help="start of every entry of M (our choice: R-AMT's)")
+add("--init", type=float, default=1e-2, help="start of every entry of M (our choice: that of R-AMT, ICCV 2023)")
 add("--threshold", type=float, default=5e-3, help="alpha: an entry of at most alpha switches its weight off (our choice: R-AMT's)")
 add("--loss", default="lafa", choices=["ce", "js", "kl", "align", "lafa"], help="CE alone, or CE + lambda times JS, KL, alignment, LAFA")
 add("--lam", type=common.at_least(0, float), help="lambda; default 50, as published, and 150 for the small CLIP (our choice)")
@@ -45,8 +45,8 @@ add("--epochs", type=common.at_least(1), default=4, help="training length (our c
 add("--min-steps", type=common.at_least(1), default=100, help="... but at least so many steps, so that few shots train too (our choice)")
 add("--steps", type=common.at_least(1), help="training steps; overrides --epochs and --min-steps")
 add("--optimizer", default="sgd", choices=["sgd", "adam"], help="sgd: gradients scaled to unit root mean square, momentum 0.9 (our choice)")
-add("--budget", type=common.at_least(0, float), default=1.5, help="flip budget: how far an entry can move in all, in units of init - alpha, if its"
-    " gradient is always of average size; it sets the rate (our choice)")
+add("--budget", type=common.at_least(0, float), default=1.5, help="flip budget, which sets the rate: the way that an entry goes in all if its"
+    " gradient is always of average size and the same sign, over the way from init to alpha (our choice)")
 add("--lr", type=common.at_least(0, float), help="first rate, decayed by a cosine; overrides --budget")
 
 
@@ -64,7 +64,7 @@ class Above(torch.autograd.Function):
 
 
 class BinaryMask(nn.Module):
-    """Parametrisation of a frozen weight: theta -> theta * 1[M > alpha], M of the weight's shape, starting at `init` (all ones).
+    """Parametrisation of a frozen weight: theta -> theta * 1[M > alpha], M of the weight's shape, starting at `init`, so that no weight is masked.
 
     Straight-through (AdvMask): M <- M - gamma dL/dM_bin with dL/dM_bin = theta * dL/dtheta'. Raises Fault unless init > threshold.
     """
@@ -169,9 +169,9 @@ def consistency(kind, logits_clean, logits_adv, z_clean, z_adv, y, eps_w):
         return (z_clean - z_adv).square().sum(-1).mean()
     if kind == "kl":                                                              # KL(P_clean || P_adv)
         return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
-    if kind == "js":                                                              # (KL(P || M) + KL(Q || M)) / 2, M = (P + Q) / 2
-        log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-        return (F.kl_div(log_m, log_p, log_target=True, reduction="batchmean") + F.kl_div(log_m, log_q, log_target=True, reduction="batchmean")) / 2
+    if kind == "js":                                                              # (KL(P || R) + KL(Q || R)) / 2, R = (P + Q) / 2
+        log_r = torch.logaddexp(log_p, log_q) - math.log(2)
+        return (F.kl_div(log_r, log_p, log_target=True, reduction="batchmean") + F.kl_div(log_r, log_q, log_target=True, reduction="batchmean")) / 2
     return torch.zeros((), device=y.device)
 
 
@@ -205,6 +205,9 @@ def main():
     folder, metadata = common.run_folder(args, "advmask"), common.describe(args, "advmask")
     if args.load:
         tensors, metadata = common.load_adapter(args.load, "advmask", args, ["layers"])
+        args.layers = metadata["layers"]
+        if args.layers not in WEIGHTS:
+            raise common.Fault(f"adapter {args.load} has layers {args.layers!r}; expected a file that this program saved")
     classifier, train, measure = common.prepare(args)
     clip = classifier.clip
     before = None if args.after_only else measure()
@@ -212,11 +215,9 @@ def main():
         print(f"zero-shot: clean {before['clean']:.2f}, PGD-{args.test_steps} {before['pgd']:.2f}  ({time.time() - start:.0f} s)", flush=True)
 
     vision, total = (sum(p.numel() for p in m.parameters()) for m in (clip.visual, clip))
+    masks = attach(clip, args.layers, args.init, args.threshold)
     if args.load:
-        masks = attach(clip, metadata["layers"], args.init, args.threshold)
         unpack(masks, tensors)
-    else:
-        masks = attach(clip, args.layers, args.init, args.threshold)
     masked = sum(mask.M.numel() for mask in masks.values())
     print(f"masked {masked:,} / vision {vision:,} / total {total:,} parameters")
 
@@ -228,6 +229,7 @@ def main():
         # a step moves an average entry by at most lr, so sum_t lr_t / (init - alpha) is how many times over it could cross the threshold
         lr = args.lr if args.lr is not None else args.budget * (args.init - args.threshold) / sum(cosine)
         M = [mask.M for mask in masks.values()]
+        # dampening makes momentum an average of gradients: it smooths the way and does not lengthen it
         optimizer = torch.optim.SGD(M, lr, momentum=0.9, dampening=0.9) if args.optimizer == "sgd" else torch.optim.Adam(M, lr)
         print(f"{steps} steps of {min(args.batch_size, len(train))} images, lr {lr:.2e}, loss {args.loss}, lambda {args.lam:g}")
         for t, (x, y) in enumerate(common.batches(train, classifier.size, args, steps)):
@@ -239,9 +241,9 @@ def main():
                 z_adv, logits_adv = features(classifier, x_adv, args.features, args.raw)
                 # L_mask = CE(x~, y) + lambda * L_LAFA
                 ce = F.cross_entropy(logits_adv, y)
-                align = consistency(args.loss, logits_clean, logits_adv, z_clean, z_adv, y, args.eps_w)
+                term = consistency(args.loss, logits_clean, logits_adv, z_clean, z_adv, y, args.eps_w)
                 optimizer.zero_grad()
-                (ce + args.lam * align).backward()
+                (ce + args.lam * term).backward()
             if args.optimizer == "sgd":                      # M <- M - gamma dL/dM_bin, in units of the gradient's root mean square over all masks
                 rms = (sum(m.grad.square().sum() for m in M) / masked).sqrt()
                 for m in M:
@@ -249,7 +251,7 @@ def main():
             optimizer.step()
             if (t + 1) % 50 == 0 or t + 1 == steps:
                 accuracy = 100 * (logits_adv.argmax(1) == y).float().mean().item()
-                print(f"step {t + 1}/{steps}  ce {ce.item():.3f}  {args.loss} {align.item():.4f}  train adv acc {accuracy:.0f} %  "
+                print(f"step {t + 1}/{steps}  ce {ce.item():.3f}  {args.loss} term {term.item():.4f}  train adv acc {accuracy:.0f} %  "
                       f"flipped {100 * flipped(masks):.2f} %  {time.time() - training:.0f} s", flush=True)
         common.save_adapter(folder / "adapter.safetensors", pack(masks), metadata)
     share = flipped(masks)
@@ -263,8 +265,8 @@ def main():
     common.table([("zero-shot", before), ("AdvMask", after)], args.test_steps)
     if args.export:
         common.export(clip, classifier.config, args.export)
-    common.save_result(folder, args, "advmask", before=before, after=after, flipped=share, masked=masked, vision=vision, total=total,
-                       training_seconds=round(training, 1), seconds=round(time.time() - start, 1))
+    common.save_result(folder, args, "advmask", adapter=metadata if args.load else None, before=before, after=after, masked=masked,
+                       vision=vision, total=total, flipped=share, training_seconds=round(training, 1), seconds=round(time.time() - start, 1))
     print(f"peak memory {common.peak_memory(args.device):.0f} MiB, {time.time() - start:.0f} s (training {training:.0f} s); files in {folder}")
 
 

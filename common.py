@@ -107,7 +107,7 @@ def add_arguments(parser):
     add("--restarts", type=at_least(1), default=1, help="restarts of the test attack, for the best iterate")
     add("--autoattack", type=at_least(1), metavar="N", help="attack N fixed test images with AutoAttack as well; needs torchattacks")
     add("--eps-curve", action="store_true", help="robust accuracy under PGD-20 over eps as well, from 0 to where it is 0; needs matplotlib")
-    add("--seed", type=at_least(0), default=1, help="few-shot draw and training; the test attack's starts derive from seed and image")
+    add("--seed", type=at_least(0), default=1, help="few-shot draw and training; the test attack's starts are the image's own")
     add("--batch-size", type=at_least(1), default=32, help="training batch")
     add("--augment", default="crop", choices=["crop", "none"], help="crop: RandomResizedCrop(0.5, 1) and flip (our choice: R-AMT's)")
     add("--logit-scale", type=at_least(1e-3, float), help="s in the classifier; default the model's own, 100 for OpenAI's CLIP")
@@ -415,8 +415,9 @@ def load_clip(model, pretrained="openai", device="cpu"):
         finally:
             logging.disable(logging.NOTSET)
         config = {"model_cfg": open_clip.get_model_config(model), "preprocess_cfg": open_clip.model.get_model_preprocess_cfg(clip)}
-    if not hasattr(clip.visual, "transformer"):
-        raise Fault(f"{model} has no vision transformer; expected a ViT such as ViT-B-32-quickgelu")
+    text = config["model_cfg"]["text_cfg"]
+    if not hasattr(clip.visual, "transformer") or "hf_tokenizer_name" in text or text.get("vocab_size", 49408) != 49408:
+        raise Fault(f"{model} has no vision transformer, or not CLIP's tokenizer; expected a ViT such as ViT-B-32-quickgelu")
     return clip.eval().requires_grad_(False).to(device), config
 
 
@@ -494,17 +495,17 @@ def write(path, content):
 
 
 def run_folder(args, method):
-    """<out>/<method>-<dataset>-<model>-<shots>shot-seed<seed>, created now so that a folder that cannot be written fails before the training."""
+    """<out>/<method>-<dataset>-<model>-<shots>shot-seed<seed>, with -2, -3, ... after earlier runs; created now, to fail before the training."""
     model = args.model.replace("local-dir:", "").strip("/").replace("/", "-")
-    if args.export:
-        check_new(args.export)
-    folder = args.out / f"{method}-{args.dataset}-{model}-{args.shots}shot-seed{args.seed}{'-loaded' if args.load else ''}"
+    check_new(args.export)
+    name = f"{method}-{args.dataset}-{model}-{args.shots}shot-seed{args.seed}{'-loaded' if args.load else ''}"
     try:
+        folder = next(f for n in range(1, 10**6) if not any((f := args.out / (name if n == 1 else f"{name}-{n}")).glob("*")))
         folder.mkdir(parents=True, exist_ok=True)
         write(folder / ".probe", b"")
         (folder / ".probe").unlink()
     except OSError as fault:
-        raise Fault(f"cannot write to {folder} ({fault.strerror}); choose another folder with --out")
+        raise Fault(f"cannot write to {args.out / name} ({fault.strerror}); choose another folder with --out")
     return folder
 
 
@@ -514,8 +515,7 @@ def save_adapter(path, tensors, metadata):
 
 
 def load_adapter(path, method, args, needs=()):
-    """-> tensors, metadata (with the keys `needs`) of an adapter file, or of the one in a run's folder. Raises Fault where it is missing, broken or
-    of another kind."""
+    """-> tensors, metadata (with the keys `needs`) of an adapter file, or of the one in a run's folder. Raises Fault."""
     path = path / "adapter.safetensors" if path.is_dir() else path
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -530,6 +530,7 @@ def load_adapter(path, method, args, needs=()):
     for key, expected in (("method", method), ("model", args.model), ("pretrained", args.pretrained)):
         if metadata.get(key) != expected:
             raise Fault(f"adapter {path} was made with {key} {metadata.get(key)!r}, but this run has {expected!r}")
+    print(f"adapter {path}: trained with", ", ".join(f"{k} {metadata.get(k)}" for k in ("dataset", "shots", "seed", "eps", *needs)))
     return tensors, metadata
 
 
@@ -544,9 +545,8 @@ def describe(args, method):
 
 
 def save_result(folder, args, method, **facts):
-    """<folder>/result.json: arguments, versions, device, peak memory, and what the program gives (before, after, ...; all keys: results/README.md);
-    with --eps-curve, eps_curve.png as well."""
-    device = torch.cuda.get_device_name() if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
+    """<folder>/result.json (its keys: results/README.md): how it was made, and what the program gives; with --eps-curve, eps_curve.png as well."""
+    device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
     facts = {**describe(args, method), "device_name": device, "peak_memory_mib": round(peak_memory(args.device)), **facts}
     write(folder / "result.json", (json.dumps(facts, indent=1) + "\n").encode())
     if args.eps_curve:
@@ -556,7 +556,7 @@ def save_result(folder, args, method, **facts):
 def peak_memory(device):
     """MiB: the GPU's peak allocation, or the process's largest resident size; 0 where the system has no such count."""
     if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**20
+        return torch.cuda.max_memory_allocated(device) / 2**20
     with contextlib.suppress(ImportError):    # Unix only
         import resource
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
@@ -565,7 +565,7 @@ def peak_memory(device):
 
 def check_new(folder):
     """Raises Fault where --export would overwrite something."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Fault(f"--export {folder} exists and is not empty; choose a new folder")
 
 

@@ -67,7 +67,7 @@ def random_search(net, clean, label, eps, norm, queries=50):
         return own - logits.scatter(1, label[:, None], -math.inf).max(1).values
     generator, delta, best = torch.Generator().manual_seed(0), torch.zeros_like(clean), torch.full((len(label),), math.inf, device=clean.device)
     for query in range(queries):
-        side = max(1, clean.shape[-1] // (1 if query < 5 else 4))
+        side = max(1, min(clean.shape[-2:]) // (1 if query < 5 else 4))
         i, j = (int(torch.randint(size - side + 1, (1,), generator=generator)) for size in clean.shape[-2:])
         tried = delta.clone()
         tried[:, :, i:i + side, j:j + side] = eps * (2 * torch.randint(2, (len(label), 3, 1, side), generator=generator) - 1).to(clean)
@@ -116,17 +116,19 @@ def sanity(net, x, y, eps, norm, survived, run):
     ) if wrong]
 
 
-def evaluate(classifier, x, y, eps, step=1 / 255, steps=100, seed=0, batch_size=128, settle=5, restarts=1, norm="linf", index=None, checks=64):
+def evaluate(classifier, x, y, eps, step=None, steps=100, seed=0, batch_size=128, settle=5, restarts=1, norm="linf", index=None, checks=64):
     """Clean accuracy, and accuracy under PGD with a random start (`attack`): at the final iterate, and at the best of all iterates of all restarts.
 
-    classifier: any module from pixels to logits; x (n, 3, h, w) uint8 or float in [0, 1], y (n,); eps, step in pixels; index (n,): names of the
-    images, for their starts; `sanity` is checked on the first `checks` images. Raises ValueError for float16 weights.
+    classifier: any module with weights, from pixels to logits; x (n, 3, h, w) uint8 or float in [0, 1], y (n,); eps in pixels; step: by default 1/255
+    for linf, 2.5 eps / steps for l2; index (n,): names of the images, for their starts; `sanity` is checked on the first `checks` images. Raises
+    ValueError for float16 weights.
     -> dict: clean, noise (the random start alone), pgd, pgd_best in %, intervals (95 %), zero_gradient (share of images whose first gradient is 0),
     flags (sentences), outcomes (a digit per image: 1 if right on the clean image, + 2 at the final iterate, + 4 at all iterates and restarts).
     """
     if any(p.dtype == torch.float16 for p in classifier.parameters()):
         raise ValueError("the classifier has float16 weights, in which small gradients become zero: the attack looks weak; use float32")
-    device, n, everything = next(classifier.parameters()).device, len(y), torch.arange(len(y))
+    step = step if step is not None else 1 / 255 if norm == "linf" else 2.5 * eps / steps
+    x, y, device, n, everything = x.cpu(), y.cpu(), next(classifier.parameters()).device, len(y), torch.arange(len(y))
     run = functools.partial(attack, classifier, x, y, index=everything if index is None else index, norm=norm, batch_size=batch_size)
     with torch.no_grad():
         clean = torch.cat([classifier(pixels(x, rows, device)).argmax(1).cpu() == y[rows] for rows in everything.split(batch_size)])

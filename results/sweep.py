@@ -25,7 +25,8 @@ PLAIN = "--init gaussian --no-align --no-adaptive"
 # table -> (datasets, seeds, {row: command}); "zero-shot" is AdvMask with masks of ones
 TABLES = {
     "main": (BOTH, SEEDS, {
-        "AdvMask": "advmask.py --after-only", "AdvLoRA": "advlora.py --after-only", "full fine-tuning": "advlora.py --full --after-only",
+        "AdvMask": "advmask.py --after-only", "AdvMask, lambda 50": "advmask.py --lam 50 --after-only",
+        "AdvLoRA": "advlora.py --after-only", "full fine-tuning": "advlora.py --full --after-only",
         "plain LoRA": f"advlora.py {PLAIN} --after-only", "AdvLoRA, SVD start": "advlora.py --init svd --after-only",
         "AdvLoRA, not aligned": "advlora.py --no-align --after-only", "AdvLoRA, not adaptive": "advlora.py --no-adaptive --after-only"}),
     "zero-shot": (BOTH, (1,), {f"eps {k}/255": f"advmask.py --steps 1 --lr 0 --eps {k}/255 --after-only" for k in (1, 2, 3)}),
