@@ -34,6 +34,7 @@ add = parser.add_argument
 add("--rank", type=common.at_least(1), default=8, help="r, the number of cluster centres (our choice)")
 add("--init", default="cluster", choices=["cluster", "svd", "gaussian"], help="A's start: k-means centres, right singular vectors, Kaiming noise")
 add("--no-align", action="store_true", help="B = 0 at the start instead of the least-squares alignment")
+add("--no-balance", action="store_true", help="keep A at the centres' own size, instead of scaling aligned A and B to equal norms (our choice)")
 add("--no-adaptive", action="store_true", help="keep a at its start; with --init gaussian --no-align this is plain LoRA, W_0 + a B A")
 add("--scale", type=common.at_least(1e-6, float), default=1, help="a_0, the start of a (our choice)")
 add("--targets", default="attn", choices=["attn", "mlp", "both"], help="adapted weights of every block: attention, MLP, or both (our choice)")
@@ -81,7 +82,7 @@ class ClusterLoRA(nn.Module):
     least-squares fit to W_0, else 0. Raises Fault unless 1 <= rank <= min(d_out, d_in).
     """
 
-    def __init__(self, weight, rank, blocks=1, init="cluster", align=True, adaptive=True, scale=1.0, seed=0):
+    def __init__(self, weight, rank, blocks=1, init="cluster", align=True, adaptive=True, scale=1.0, seed=0, balance=True):
         super().__init__()
         W = weight.detach().float().unflatten(0, (blocks, -1))                    # (n, d_out, d_in)
         if not 1 <= rank <= min(W.shape[1:]):
@@ -96,6 +97,10 @@ class ClusterLoRA(nn.Module):
             A = ((2 * torch.rand(blocks, rank, W.shape[2], generator=generator) - 1) * bound).to(W.device)
         # B_0 = argmin_B |B A_0 - W_0|_F^2 = W_0 A_0^+,  A_0^+ = A_0^T (A_0 A_0^T)^+
         B = W @ torch.linalg.pinv(A) if align else torch.zeros(blocks, W.shape[1], rank, device=W.device)
+        if align and balance:      # A_0 <- c A_0, B_0 <- B_0 / c: the same product from factors of equal norm, so that one rate suits both
+            size_A, size_B = (part.flatten(1).norm(dim=1).clamp(min=1e-12)[:, None, None] for part in (A, B))
+            c = (size_B / size_A).sqrt()
+            A, B = c * A, B / c
         alpha = torch.full((blocks, 1, 1), float(scale), device=W.device)
         self.A, self.B = nn.Parameter(A.contiguous()), nn.Parameter(B.contiguous())
         if adaptive:
@@ -209,7 +214,8 @@ def main():
         state = {k: p.detach() for k, p in clip.visual.named_parameters(prefix="visual")}
     else:
         # a loaded adapter brings its own start: nothing is clustered
-        how = {"init": "gaussian", "align": False} if args.load else {"init": args.init, "align": not args.no_align, "seed": args.seed}
+        how = {"init": "gaussian", "align": False} if args.load else {
+            "init": args.init, "align": not args.no_align, "balance": not args.no_balance, "seed": args.seed}
         loras = attach(clip, args.rank, args.targets, args.towers, adaptive=not args.no_adaptive, scale=args.scale, **how)
         parameters = [p for lora in loras.values() for p in lora.parameters()]
         state = pack(loras)

@@ -159,8 +159,23 @@ def test_alignment_is_no_worse_than_the_memberships(rank):
     lora = advlora.ClusterLoRA(W, rank, blocks=3, seed=4)
     for i, w in enumerate(W.chunk(3)):
         centres, labels = advlora.kmeans(w, rank, seed=4)
-        assert torch.equal(lora.A_0[i], centres)
+        assert torch.equal(advlora.ClusterLoRA(W, rank, blocks=3, seed=4, balance=False).A_0[i], centres)
+        torch.testing.assert_close(F.normalize(lora.A_0[i].flatten(), dim=0), F.normalize(centres.flatten(), dim=0))
         assert lora.residual[i] < (F.one_hot(labels).float() @ centres - w).norm() / w.norm()
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_balanced_factors_have_equal_norms_and_the_same_product(init):
+    W = normal(60, 16)
+    lora, plain = (advlora.ClusterLoRA(W, 4, 3, init, balance=balance) for balance in (True, False))
+    torch.testing.assert_close(lora.A_0.flatten(1).norm(dim=1), lora.B_0.flatten(1).norm(dim=1))
+    torch.testing.assert_close(lora.B_0 @ lora.A_0, plain.B_0 @ plain.A_0)
+    # SVD's factors have equal norms of themselves
+    assert torch.allclose(lora.A_0, plain.A_0, rtol=1e-3) == (init == "svd")
+
+
+def test_a_weight_of_zeros_starts_finite():
+    assert torch.isfinite(advlora.ClusterLoRA(torch.zeros(12, 8), 3).A).all()
 
 
 @pytest.mark.parametrize("rank", [1, 2, 5, 9, 12])

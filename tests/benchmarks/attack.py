@@ -38,14 +38,13 @@ def main():
     print(f"time ratio: 1 to {seconds['all images stay'] / seconds['broken images leave']:.1f}")
     if importlib.util.find_spec("torchattacks"):
         import torchattacks
-        start, left = time.time(), 0
-        for rows in everything.split(args.test_batch_size):
+        start, left, n = time.time(), 0, min(len(y), 400)
+        for rows in everything[:n].split(args.test_batch_size):
             pixels, label = robustness.pixels(x, rows, args.device), y[rows].to(args.device)
             adversarial = torchattacks.PGD(net, eps=args.eps, alpha=args.step, steps=args.test_steps)(pixels, label)
             left += (net(adversarial).argmax(1) == label).sum().item()
-        ours = right[2].sum().item()
-        ratio = (time.time() - start) / seconds["all images stay"]
-        print(f"final iterate: ours {ours}, torchattacks {left} of {len(y)} images; time ratio 1 to {ratio:.2f}")
+        ours, ratio = right[2][:n].sum().item(), (time.time() - start) / n / (seconds["all images stay"] / len(y))
+        print(f"final iterate: ours {ours}, torchattacks {left} of {n} images; time of an image 1 to {ratio:.2f}")
 
 
 if __name__ == "__main__":
