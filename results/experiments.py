@@ -1,0 +1,103 @@
+"""What results/sweep.py runs: the rows of every table, their commands, the files of their results, and what the AdvMask paper published.
+
+Published numbers are ViT-B/32's at eps 1/255: clean / PGD-100 in %; shots, modules and loss are means of 5 datasets, base-to-new and transfer of 11.
+"""
+import json
+import pathlib
+import random
+import re
+import sys
+
+HERE = pathlib.Path(__file__).resolve().parent
+BOTH, SEEDS, METHODS = ("embedded", "caltech101"), (1, 2, 3), {"AdvMask": "advmask.py", "AdvLoRA": "advlora.py"}
+VAL = "--split val --test-steps 20 --steps 150 --test-limit 200"    # arguments are chosen on val, with a cheaper attack
+FEW = 500                                                           # test images of the tables below "logit-scale": a fixed random subset
+LIMIT = f"--test-limit {FEW}"
+MASKS_OF_ONES, PLAIN = "advmask.py --steps 1 --lr 0", "--init gaussian --no-align --no-adaptive"
+# table -> (datasets, seeds, {row: script and arguments}); "= TABLE: ROW" is that run, not run again; a row "zero-shot" is the same for every seed
+TABLES = {
+    "main": (BOTH, SEEDS, {
+        "AdvMask": "advmask.py", "AdvMask, lambda 50": "advmask.py --lam 50", "AdvLoRA": "advlora.py", "full fine-tuning": "advlora.py --full",
+        "plain LoRA": f"advlora.py {PLAIN}", "AdvLoRA, SVD start": "advlora.py --init svd",
+        "AdvLoRA, not aligned": "advlora.py --no-align", "AdvLoRA, not adaptive": "advlora.py --no-adaptive"}),
+    "zero-shot": (BOTH, (1,), {f"eps {k}/255": f"{MASKS_OF_ONES} --eps {k}/255" for k in (1, 2, 3)}),
+    "choices": (("caltech101",), (1,), {
+        row: f"advmask.py {VAL} {row.removeprefix('defaults')}" for row in (
+            "defaults", "--lam 0", "--lam 50", "--lam 500", "--budget 0.75", "--budget 3", "--steps 300 --budget 3", "--optimizer adam --budget 1.5",
+            "--layers mlp", "--layers both", "--features mean", "--raw --lam 0.5", "--attached", "--augment none")}),
+    "lora": (("caltech101",), (1,), {
+        row: f"advlora.py {VAL} {row.removeprefix('defaults')}" for row in (
+            "defaults", "--lr 5e-4", "--lr 5e-3", "--rank 4", "--rank 16", "--targets both", "--towers both", f"{PLAIN}", f"{PLAIN} --lr 5e-3",
+            "--clean-weight 0.5", "--full", "--full --lr 3e-5", "--full --lr 1e-4", "--full --lr 1e-3")}),
+    "logit-scale": (("caltech101",), (1,), {
+        f"s = {s}, lambda {lam}": f"advmask.py {VAL} --logit-scale {s} --lam {lam}" for s in (17, 100) for lam in (0, 10, 50, 250)}),
+    "shots": (BOTH, SEEDS, {"zero-shot": "= zero-shot: eps 3/255"} | {
+        f"{method}, {k} shots": f"{script} --shots {k} {LIMIT}" if k < 16 else f"= main: {method}"
+        for method, script in METHODS.items() for k in (1, 2, 4, 8, 16)}),
+    "modules": (BOTH, SEEDS, {
+        "MHSA": "= main: AdvMask", "MLP": f"advmask.py --layers mlp {LIMIT}", "both": f"advmask.py --layers both {LIMIT}"}),
+    "loss": (BOTH, SEEDS, {
+        "CE": f"advmask.py --loss ce {LIMIT}", "CE + JS": f"advmask.py --loss js {LIMIT}", "CE + KL": f"advmask.py --loss kl {LIMIT}",
+        "CE + LAFA unweighted": f"advmask.py --loss align {LIMIT}", "CE + LAFA": "= main: AdvMask"}),
+    "base-to-new": (BOTH, SEEDS, {
+        row: f"{command} --protocol base-to-new {LIMIT}" for row, command in {"zero-shot": MASKS_OF_ONES, **METHODS}.items()}),
+    "transfer": (("tiny_imagenet",), SEEDS, {
+        row: f"{command} --transfer caltech101 embedded {LIMIT}" for row, command in {"zero-shot": MASKS_OF_ONES, **METHODS}.items()}),
+}
+PUBLISHED = {
+    "shots": {"AdvMask, 1 shots": "46.6 / 18.4", "AdvMask, 16 shots": "67.3 / 47.1"},
+    "modules": {"MHSA": "67.34 / 47.13", "MLP": "65.73 / 45.95", "both": "66.01 / 47.20"},
+    "loss": {"CE": "65.8 / 46.4", "CE + JS": "65.9 / 46.5", "CE + KL": "60.7 / 43.6",
+             "CE + LAFA unweighted": "66.9 / 46.8", "CE + LAFA": "67.3 / 47.1"},
+    "base-to-new": {"zero-shot": "66.9 / 3.4, new 71.5 / 3.8, H 6.9", "AdvMask": "69.5 / 43.6, new 50.2 / 26.1, H 41.9"},
+    "transfer": {"zero-shot": "on 11 unseen 61.9 / 2.7", "AdvMask": "on 11 unseen 42.0 / 19.4"},
+}
+
+
+def runs(table, model="tiny"):
+    """(dataset, row, {result file: script and arguments}) of every row, a file per seed: results/<table>/<dataset>~<row>~<seed>.json."""
+    datasets, seeds, rows = TABLES[table]
+    for dataset in datasets:
+        for row, text in rows.items():
+            home, kept = text.removeprefix("= ").split(": ") if text.startswith("= ") else (table, row)
+            folder, stem = HERE / ("" if model == "tiny" else model) / home, re.sub("[^a-zA-Z0-9.]+", "-", kept).strip("-")
+            yield dataset, row, {
+                folder / f"{dataset}~{stem}~{seed}.json": f"{TABLES[home][2][kept]} --after-only --model {model} --dataset {dataset} --seed {seed}"
+                for seed in (seeds[:1] if row == "zero-shot" else seeds)}
+
+
+def commands(table, root, model="tiny"):
+    """[(result file, command)] of a table; a program writes below runs/sweep/ first."""
+    scripts, out = HERE.parent, HERE.parent / "runs" / "sweep"
+    return [(file, [sys.executable, f"{scripts / text.split()[0]}", *text.split()[1:], "--data-root", f"{root}",
+                    "--out", f"{out / file.relative_to(HERE).with_suffix('')}"]) for *_, files in runs(table, model) for file, text in files.items()]
+
+
+def refuse(sentence):
+    """One sentence on stderr, exit code 2."""
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+def read(table, files):
+    """The results that are there of one row's files: runs that differ in nothing but the seed, or else one sentence and exit code 2."""
+    found = [json.loads(file.read_text()) for file in files if file.exists()]
+    arguments = [{k: r[k] for k in list(r)[:list(r).index("versions")] if k not in ("seed", "no_download")} for r in found]
+    if differ := sorted({k for a in arguments for k in a if a[k] != arguments[0].get(k, a[k])}):
+        refuse(f"no mean over the seeds of {next(iter(files))}: they differ in {', '.join(differ)}; delete and run again what is out of date")
+    for r in found:
+        r["few"] = next(iter(files)).parent.name != table    # a run on the whole test set in a table of runs on FEW images
+    return found
+
+
+def scores(result):
+    """-> {column: accuracy in %}, number of images. What ran on the whole test set counts on the images that --test-limit FEW picks, if it is in a
+    table of such runs: the same images, attacked from other random starts, which are the position's."""
+    after, columns = result["after"], {}
+    for name, r in {result["classes"] if "H" in after else result["dataset"]: after, **after.get("transfer", {})}.items():
+        digits = [int(digit) for digit in r["outcomes"]]
+        if result["few"]:
+            digits = random.Random(0).sample(digits, min(FEW, len(digits)))
+        for key, bit in (("clean", 1), ("PGD", 2), ("best iterate", 4))[:2 if "transfer" in after else 3]:
+            columns[f"{name} {key}" if "transfer" in after else key] = 100 * sum(digit & bit > 0 for digit in digits) / len(digits)
+    return columns | ({"H": after["H"]} if "H" in after else {}), min(FEW, len(after["outcomes"])) if result["few"] else len(after["outcomes"])
