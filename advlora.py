@@ -261,9 +261,6 @@ def main():
 
     # -- evaluation of the merged model
     merge(clip, loras)
-    if args.towers == "both":
-        with torch.no_grad():
-            classifier.text = classifier.encode_classes()
     after = measure()
     common.table([("zero-shot", before), ("fine-tuned" if args.full else "AdvLoRA", after)], args.test_steps)
     if args.export:

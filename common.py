@@ -17,6 +17,7 @@ import os
 import pathlib
 import random
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,7 +35,7 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
-from robustness import TORCHATTACKS, autoattack, draw_curves, eps_curve, evaluate
+from robustness import TORCHATTACKS, autoattack, draw_curves, eps_curve, evaluate, table    # noqa: F401 (table: for the programs)
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -47,7 +48,7 @@ class Fault(Exception):
 def guard(main):
     """Run a program: a Fault, a full disk or a broken download becomes one sentence on stderr and exit code 2."""
     try:
-        main()
+        return main()
     except Fault as fault:
         sentence = str(fault)
     except OSError as fault:
@@ -55,8 +56,6 @@ def guard(main):
         sentence = f"{'the disk is full' if full else fault.strerror or fault}: {fault.filename or 'while writing'}; nothing half-written was left"
     except KeyboardInterrupt:
         sentence = "interrupted; no half-written file was left"
-    else:
-        return
     print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
     sys.exit(2)
 
@@ -94,14 +93,15 @@ def add_arguments(parser):
     add("--data-root", type=pathlib.Path, default=pathlib.Path("data"), help="folder of the datasets (CoOp's layout), or of your classes")
     add("--no-download", action="store_true", help="never download images or splits; say where they are to be had instead")
     add("--shots", type=at_least(1), default=16, help="training images per class")
-    add("--classes", default="all", choices=["all", "base", "new"], help="all classes, or CoOp's first or second half")
+    add("--classes", choices=["all", "base", "new"], help="all classes (default), or CoOp's first or second half")
+    add("--protocol", choices=["base-to-new"], help="base-to-new: train on the first half of the classes, evaluate on each half")
+    add("--transfer", nargs="+", default=[], choices=["embedded", *DATASETS], metavar="NAME", help="evaluate on these datasets as well, untrained")
     add("--model", help="tiny, an open_clip name, or local-dir:DIR; default: tiny for the embedded data, else ViT-B-32-quickgelu")
     add("--pretrained", default="openai", help="open_clip tag, a checkpoint file, or none for random weights (not used by tiny)")
     add("--eps", type=fraction, help=f"l_inf radius in pixels; default 1/255, and {round(255 * TINY_EPS)}/255 for the small CLIP (our choice)")
     add("--step", type=fraction, help="step of the test attack; default 1/255, and 2.5 radii over all steps in an l2 ball")
     add("--test-steps", type=at_least(1), default=100, help="steps of the test attack, PGD-N")
-    add("--settle", type=at_least(0), default=5, help="an image broken in this many iterates in a row counts as broken at the final one and leaves"
-        " the batch (our choice); 0 attacks every image to the end, as published")
+    add("--settle", type=at_least(0), default=5, help="an image broken so many iterates in a row is broken and leaves (our choice); 0: none leaves")
     add("--norm", default="linf", choices=["linf", "l2"], help="the ball of the test attack; training is always l_inf")
     add("--test-eps", type=fraction, help="radius of the test attack; default --eps; for l2, a norm over all pixels, to be given")
     add("--restarts", type=at_least(1), default=1, help="restarts of the test attack, for the best iterate")
@@ -113,8 +113,7 @@ def add_arguments(parser):
     add("--logit-scale", type=at_least(1e-3, float), help="s in the classifier; default the model's own, 100 for OpenAI's CLIP")
     add("--test-batch-size", type=at_least(1), default=128, help="evaluation batch")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: bfloat16 on a CPU that has it,"
-        " else float32; float16 is refused")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: bfloat16 on a CPU that has it, else float32")
     add("--attention", default="auto", choices=["auto", "torch"], help="auto: the attention kernel that is fast here; torch: its own choice")
     add("--out", type=pathlib.Path, default=pathlib.Path("runs"), help="folder of the result files")
     add("--load", type=pathlib.Path, help="evaluate this adapter.safetensors (or its folder) instead of training")
@@ -128,13 +127,16 @@ def parse(parser, argv=None):
     """Parse, fill the defaults that depend on others, set the seed and the CPU's fast attention path. Raises Fault."""
     args = parser.parse_args(argv)
     args.model = args.model or ("tiny" if args.dataset == "embedded" else "ViT-B-32-quickgelu")
-    if args.eps is None:
-        args.eps = TINY_EPS if args.model == "tiny" else 1 / 255
+    args.eps = args.eps if args.eps is not None else TINY_EPS if args.model == "tiny" else 1 / 255
     if args.test_eps is None and args.norm == "l2":
         raise Fault("--norm l2 needs --test-eps, an l2 radius over all pixels, such as 0.5")
     args.test_eps = args.eps if args.test_eps is None else args.test_eps
-    if args.step is None:
-        args.step = 1 / 255 if args.norm == "linf" else 2.5 * args.test_eps / args.test_steps
+    args.step = args.step if args.step is not None else 1 / 255 if args.norm == "linf" else 2.5 * args.test_eps / args.test_steps
+    if args.protocol and args.classes:
+        raise Fault("--protocol base-to-new trains on base and evaluates base and new; leave out --classes")
+    if len({args.dataset, *args.transfer}) <= len(args.transfer):
+        raise Fault(f"--transfer {' '.join(args.transfer)} names a dataset twice, or --dataset {args.dataset} itself; name each once")
+    args.classes = args.classes or ("base" if args.protocol else "all")
     if args.dtype == "float16":
         raise Fault("--dtype float16 is refused: small gradients become zero in it, and the attack looks weak; use float32 or bfloat16")
     if args.autoattack and not importlib.util.find_spec("torchattacks"):
@@ -183,8 +185,7 @@ DATASETS = {
                             "http://ai.stanford.edu/~jkrause/car196/ (cars_train.tgz and cars_test.tgz, 16,185 images, 1.8 GB; often unreachable)"),
     "sun397": Source("sun397", "SUN397", "split_zhou_SUN397.json", "", PHOTO,
                      "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz (108,754 images, 37 GB; often unreachable)"),
-    "tiny_imagenet": Source("tiny-imagenet-200", "", "words.txt", "", PHOTO,
-                            "http://cs231n.stanford.edu/tiny-imagenet-200.zip (240 MB)"),
+    "tiny_imagenet": Source("tiny-imagenet-200", "", "words.txt", "", PHOTO, "http://cs231n.stanford.edu/tiny-imagenet-200.zip (240 MB)"),
     "ucf101": Source("ucf101", "UCF-101-midframes", "split_zhou_UCF101.json", "bd5e8d4073fee6f8d2235aafaf4903a9", "a photo of a person doing {}.",
                      "UCF-101-midframes.zip, linked in CoOp's DATASETS.md, https://github.com/KaiyangZhou/CoOp (13,320 images)"),
 }
@@ -193,9 +194,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".ti
 
 def load_dataset(name, root, download=True):
     """The dataset `name` under `root`, downloaded where that is possible -> Data. Raises Fault."""
-    if name == "embedded":
-        return load_embedded()
-    return load_folder(root) if name == "folder" else load_published(name, root, download)
+    return load_embedded() if name == "embedded" else load_folder(root) if name == "folder" else load_published(name, root, download)
 
 
 def load_embedded():
@@ -241,7 +240,9 @@ def load_published(name, root, download=True):
     if source.split.endswith(".json") and not (folder / source.split).exists():
         fetch(SPLITS + source.split, folder / source.split, download)
     try:
-        parsed = {"fgvc_aircraft": read_aircraft, "imagenet": read_wnids, "tiny_imagenet": read_wnids}.get(name, read_json)(folder, source)
+        reader = {"fgvc_aircraft": read_aircraft, "imagenet": read_wnids, "tiny_imagenet": read_wnids}.get(name)
+        # CoOp's split file: {"train": [[path, label, class name], ...], "val": ..., "test": ...}
+        parsed = reader(folder, source) if reader else json.loads((folder / source.split).read_text())
     except (OSError, ValueError, KeyError) as fault:
         kind = "is not JSON" if isinstance(fault, json.JSONDecodeError) else "cannot be read"
         raise Fault(f"{folder / source.split} {kind} ({type(fault).__name__}: {fault}); delete it, and the next run fetches it again")
@@ -251,11 +252,6 @@ def load_published(name, root, download=True):
     parts = [[Item(images / path, label, label_name) for path, label, label_name in parsed[s]] for s in ("train", "val", "test")]
     names = {item.label: item.name for item in parts[0]}
     return Data([names[label].replace("_", " ") for label in sorted(names)], source.template, *parts)
-
-
-def read_json(folder, source):
-    """CoOp's split file -> {"train": [[path, label, class name], ...], "val": ..., "test": ...}."""
-    return json.loads((folder / source.split).read_text())
 
 
 def read_aircraft(folder, source):
@@ -432,8 +428,8 @@ class Float32Conv2d(nn.Conv2d):
 class Classifier(nn.Module):
     """Zero-shot CLIP as a plain network: pixels (b, 3, h, w) in [0, 1] -> logits (b, classes), f(x) = s <z/|z|, t_c/|t_c|>.
 
-    Text features are computed once, here. With dtype bfloat16 the image tower runs under autocast, except the patch embedding: in bfloat16 it would
-    round the pixels by about as much as an attack moves them, a hidden defence worth 4.5 points at 1/255 (results/precision.py). Logits are float32.
+    Text features are computed once, by set_classes. With dtype bfloat16 the image tower runs under autocast, except the patch embedding: in bfloat16
+    it would round the pixels by about as much as an attack moves them, a hidden defence worth 4.5 points at 1/255 (results/precision.py).
     """
 
     def __init__(self, clip, config, classes, template="a photo of a {}.", dtype="float32", scale=None):
@@ -442,15 +438,18 @@ class Classifier(nn.Module):
         self.clip, self.config, self.dtype = clip, config, getattr(torch, dtype)
         self.size = clip.visual.preprocess_cfg["size"]
         self.size = self.size if isinstance(self.size, int) else self.size[0]
-        device = clip.logit_scale.device
         clip.visual.conv1.__class__ = Float32Conv2d
         for key in ("mean", "std"):
-            self.register_buffer(key, torch.tensor(clip.visual.preprocess_cfg[key], device=device)[:, None, None])
-        tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=config["model_cfg"]["text_cfg"].get("context_length", 77))
-        self.register_buffer("tokens", tokenizer([template.format(name) for name in classes]).to(device))
+            self.register_buffer(key, torch.tensor(clip.visual.preprocess_cfg[key], device=clip.logit_scale.device)[:, None, None])
+        self.set_classes(classes, template)
+        self.eval()
+
+    def set_classes(self, classes, template):
+        """Classify among these from now on."""
+        tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=self.config["model_cfg"]["text_cfg"].get("context_length", 77))
+        self.register_buffer("tokens", tokenizer([template.format(name) for name in classes]).to(self.mean.device))
         with torch.no_grad():
             self.register_buffer("text", self.encode_classes())
-        self.eval()
 
     def encode_classes(self):
         """t_c / |t_c| of every class's prompt   (classes, d)"""
@@ -464,22 +463,38 @@ class Classifier(nn.Module):
 
 # ------------------------------------------------------------------------------------------------------------------------- evaluation
 def prepare(args):
-    """Load what the arguments name -> classifier, the few-shot training items, and a function that evaluates what the classifier has become."""
-    data = half(load_dataset(args.dataset, args.data_root, not args.no_download), args.classes)
+    """Load what the arguments name -> classifier, the few-shot training items, and a function that evaluates what the classifier has become.
+
+    It evaluates on the classes that are trained, and on those that --protocol and --transfer add: the result's "transfer", {name: result}.
+    """
+    data = load_dataset(args.dataset, args.data_root, not args.no_download)
+    data = data._replace(train=few_shot(data.train, data.val, args.shots, args.seed)[0])    # drawn on all classes, then halved, as in CoOp
+    targets = {args.dataset: half(data, args.classes), **({"new": half(data, "new")} if args.protocol else {}),
+               **{name: load_dataset(name, args.data_root, not args.no_download) for name in args.transfer}}
+    if min(len(target.classes) for target in targets.values()) < 2:
+        raise Fault(f"{args.dataset} has {len(data.classes)} classes, too few to halve; expected at least 4, so that each half has 2 to tell apart")
+    data = targets[args.dataset]
     classifier = Classifier(*load_clip(args.model, args.pretrained, args.device), data.classes, data.template, args.dtype, args.logit_scale)
-    train, _ = few_shot(data.train, data.val, args.shots, args.seed)
-    x, y = test_split(data, args, classifier.size)
-    print(f"{args.model} on {args.dataset}: {len(data.classes)} classes, {len(train)} training and {len(y)} {args.split} images, "
-          f"{classifier.size} px, eps {255 * args.eps:g}/255, {args.dtype} on {args.device}, logit scale {classifier.scale:.1f}")
+    images = {name: test_split(target, args, classifier.size) for name, target in targets.items()}
+    print(f"{args.model} on {args.dataset}: {len(data.classes)} classes, {len(data.train)} training and {len(images[args.dataset][1])} {args.split} "
+          f"images, {classifier.size} px, eps {255 * args.eps:g}/255, {args.dtype} on {args.device}, logit scale {classifier.scale:.1f}",
+          *(f"; {name}: {len(targets[name].classes)} classes, {len(images[name][1])} images" for name in list(targets)[1:]), sep="")
 
     def measure():
-        result = evaluate(classifier, x, y, args.test_eps, args.step, args.test_steps, 0, args.test_batch_size, args.settle, args.restarts, args.norm)
-        if args.autoattack:
-            result["autoattack"] = autoattack(classifier, x, y, args.test_eps, args.norm, args.autoattack, args.test_batch_size)
-        if args.eps_curve:
-            result["eps_curve"] = eps_curve(classifier, x, y, args.test_eps, args.norm, 20, args.test_batch_size)
-        return result
-    return classifier, train, measure
+        results = {}
+        for name in reversed(targets):    # the training classes come last, and stay
+            (x, y), target = images[name], targets[name]
+            classifier.set_classes(target.classes, target.template)    # again, as training may have changed the text tower
+            eps, norm, size = args.test_eps, args.norm, args.test_batch_size
+            result = evaluate(classifier, x, y, eps, args.step, args.test_steps, 0, size, args.settle, args.restarts, norm)
+            result |= {"autoattack": autoattack(classifier, x, y, eps, norm, args.autoattack, size)} if args.autoattack else {}
+            result |= {"eps_curve": eps_curve(classifier, x, y, eps, norm, 20, size)} if args.eps_curve else {}
+            results = {name: result, **results}
+        result = results.pop(args.dataset)
+        # H = 4 / (1/bc + 1/ba + 1/nc + 1/na), 0 if one of them is
+        h = {"H": statistics.harmonic_mean(r[key] for r in (result, results["new"]) for key in ("clean", "pgd"))} if args.protocol else {}
+        return result | ({"transfer": results} if results else {}) | h
+    return classifier, data.train, measure
 
 
 # ------------------------------------------------------------------------------------------------------------------------------ files
@@ -530,7 +545,7 @@ def load_adapter(path, method, args, needs=()):
     for key, expected in (("method", method), ("model", args.model), ("pretrained", args.pretrained)):
         if metadata.get(key) != expected:
             raise Fault(f"adapter {path} was made with {key} {metadata.get(key)!r}, but this run has {expected!r}")
-    print(f"adapter {path}: trained with", ", ".join(f"{k} {metadata.get(k)}" for k in ("dataset", "shots", "seed", "eps", *needs)))
+    print(f"adapter {path}: trained with", ", ".join(f"{k} {metadata.get(k)}" for k in ("dataset", "classes", "shots", "seed", "eps", *needs)))
     return tensors, metadata
 
 
@@ -583,18 +598,3 @@ def export(clip, config, folder):
         os.replace(scratch, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def table(rows, steps):
-    """Print rows of (name, result of evaluate, or None): clean | PGD final iterate | PGD best iterate, 95 % intervals, and every sanity flag."""
-    rows = [(name, r) for name, r in rows if r]
-    print(f"\n{'':12} | {'clean':>6} | {f'PGD-{steps}':>8} | {f'PGD-{steps} best':>12}")
-    for name, r in rows:
-        print(f"{name:12} | {r['clean']:6.2f} | {r['pgd']:8.2f} | {r['pgd_best']:12.2f}")
-    for name, r in rows:
-        print(f"{name}: 95 % intervals {', '.join(f'{key} {low:.1f} to {high:.1f}' for key, (low, high) in r['intervals'].items())}")
-        if "autoattack" in r:
-            left = ", ".join(f"{key} {value:.2f}" for key, value in r["autoattack"].items() if key != "images")
-            print(f"{name}: AutoAttack on {len(r['autoattack']['images'])} images: {left}")
-        for flag in r["flags"]:
-            print(f"WARNING ({name}): {flag}")

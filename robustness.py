@@ -208,3 +208,23 @@ def draw_curves(curves, norm):
     axes.legend()
     figure.savefig(picture, format="png", dpi=100)
     return picture.getvalue()
+
+
+def table(rows, steps):
+    """Print rows of (name, result of evaluate, or None): clean | PGD final iterate | PGD best iterate, 95 % intervals, and every sanity flag."""
+    rows = [(name + on, r) for name, result in rows if result
+            for on, r in {"": result, **{f" on {k}": r for k, r in result.get("transfer", {}).items()}}.items()]
+    width = max(12, *(len(name) for name, _ in rows))
+    print(f"\n{'':{width}} | {'clean':>6} | {f'PGD-{steps}':>8} | {f'PGD-{steps} best':>12}")
+    for name, r in rows:
+        print(f"{name:{width}} | {r['clean']:6.2f} | {r['pgd']:8.2f} | {r['pgd_best']:12.2f}")
+    for name, r in rows:
+        print(f"{name}: 95 % intervals {', '.join(f'{key} {low:.1f} to {high:.1f}' for key, (low, high) in r['intervals'].items())}")
+        if "autoattack" in r:
+            left = ", ".join(f"{key} {value:.2f}" for key, value in r["autoattack"].items() if key != "images")
+            print(f"{name}: AutoAttack on {len(r['autoattack']['images'])} images: {left}")
+        if "H" in r:
+            accuracies = ", ".join(f"{key} {e['clean']:.2f} and {e['pgd']:.2f}" for key, e in (("base", r), ("new", r["transfer"]["new"])))
+            print(f"{name}: H {r['H']:.2f}, the harmonic mean of clean and PGD-{steps}: {accuracies}")
+        for flag in r["flags"]:
+            print(f"WARNING ({name}): {flag}")
