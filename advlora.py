@@ -151,13 +151,14 @@ def merge(clip, loras):
     return clip.requires_grad_(False)
 
 
-def pgd(classifier, x, y, eps, step, steps):
-    """The inner maximisation: x (b, 3, h, w) in [0, 1], y (b,) -> x~ with |x~ - x|_inf <= eps (pixels) and x~ in [0, 1].
+def pgd(classifier, x, y, eps, step, steps, own=slice(None)):
+    """The inner maximisation: x (b, 3, h, w) in [0, 1], y (b,) -> x~ of its images `own`, with |x~ - x|_inf <= eps (pixels) and x~ in [0, 1].
 
     Madry et al. 2018: delta_0 ~ U(-eps, eps), delta <- clip(delta + step sign(grad CE), -eps, eps), x + delta clipped to [0, 1].
     """
     assert not classifier.training, "attack the network that is deployed: eval mode"
     delta = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1) - x
+    x, y, delta = x[own], y[own], delta[own]    # every process of torchrun has drawn the start of all
     for _ in range(steps):
         delta.requires_grad_()
         # sum, not mean: the gradient of one image must not depend on the batch size
@@ -237,24 +238,27 @@ def main():
         lr = args.lr if args.lr is not None else 3e-4 if args.full else 1e-3
         optimizer = torch.optim.AdamW(parameters, lr, weight_decay=args.weight_decay)
         print(f"{steps} steps of {min(args.batch_size, len(train))} images, lr {lr:.2e}, clean weight {args.clean_weight:g}")
+        own = slice(common.RANK, None, common.WORLD)         # this process's images of a batch: all, unless torchrun started several
         for t, (x, y) in enumerate(common.batches(train, classifier.size, args, steps)):
             optimizer.param_groups[0]["lr"] = lr * cosine[t]
             with parametrize.cached():                       # W is computed once a step, not once per forward pass
                 if args.towers == "both":                    # t_c / |t_c| through the adapted text tower   (classes, d)
                     classifier.text = classifier.encode_classes()
-                x_adv = pgd(classifier, x, y, args.eps, train_step, args.train_attack_steps)
+                x_adv = pgd(classifier, x, y, args.eps, train_step, args.train_attack_steps, own)
+                share, x, y = len(y[own]) / len(y), x[own], y[own]
                 logits_adv = classifier(x_adv)
                 # CE(x~, y) + weight * CE(x, y)
                 ce = F.cross_entropy(logits_adv, y)
                 clean = F.cross_entropy(classifier(x), y) if args.clean_weight else torch.zeros((), device=args.device)
                 optimizer.zero_grad()
-                (ce + args.clean_weight * clean).backward()
+                (share * (ce + args.clean_weight * clean)).backward()
+            common.total(*(p.grad for p in parameters))      # over the processes, each with its share of the batch
             optimizer.step()
             if (t + 1) % 50 == 0 or t + 1 == steps:
-                accuracy = 100 * (logits_adv.argmax(1) == y).float().mean().item()
+                common.total(log := share * torch.stack([ce, clean, 100 * (logits_adv.argmax(1) == y).float().mean()]).detach())
                 a = [a for lora in loras.values() for a in lora.alpha.flatten().tolist()]
                 scales = f"a {min(a):.2f} to {max(a):.2f}" if loras else "all weights"
-                print(f"step {t + 1}/{steps}  ce {ce.item():.3f}  clean term {clean.item():.3f}  train adv acc {accuracy:.0f} %  "
+                print(f"step {t + 1}/{steps}  ce {log[0]:.3f}  clean term {log[1]:.3f}  train adv acc {log[2]:.0f} %  "
                       f"{scales}  {time.time() - training:.0f} s", flush=True)
         common.save_adapter(folder / "adapter.safetensors", state, metadata)
     training = time.time() - training

@@ -114,13 +114,14 @@ def merge(clip, masks):
     return clip.requires_grad_(False)
 
 
-def pgd(classifier, x, y, eps, step, steps):
-    """The inner maximisation: x (b, 3, h, w) in [0, 1], y (b,) -> x~ with |x~ - x|_inf <= eps (pixels) and x~ in [0, 1].
+def pgd(classifier, x, y, eps, step, steps, own=slice(None)):
+    """The inner maximisation: x (b, 3, h, w) in [0, 1], y (b,) -> x~ of its images `own`, with |x~ - x|_inf <= eps (pixels) and x~ in [0, 1].
 
     Madry et al. 2018: delta_0 ~ U(-eps, eps), delta <- clip(delta + step sign(grad CE), -eps, eps), x + delta clipped to [0, 1].
     """
     assert not classifier.training, "attack the network that is deployed: eval mode"
     delta = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1) - x
+    x, y, delta = x[own], y[own], delta[own]    # every process of torchrun has drawn the start of all
     for _ in range(steps):
         delta.requires_grad_()
         # sum, not mean: the gradient of one image must not depend on the batch size
@@ -155,7 +156,7 @@ def lafa(z_clean, z_adv, p_true, eps_w=1e-6):
 
     L = 1/(|Layers||B|) sum_l sum_x  p(y|x) / (E_B[p(y'|x')] + eps_w) * |z_clean^(l) - z_adv^(l)|_2^2
     """
-    weight = p_true / (p_true.mean() + eps_w)                                     # (b,), mean 1 over the batch
+    weight = p_true / (common.batch_mean(p_true) + eps_w)                         # (b,), mean 1 over the batch
     return (weight * (z_clean - z_adv).square().sum(-1)).mean()                   # mean over (layers, b)
 
 
@@ -232,10 +233,12 @@ def main():
         # dampening makes momentum an average of gradients: it smooths the way and does not lengthen it
         optimizer = torch.optim.SGD(M, lr, momentum=0.9, dampening=0.9) if args.optimizer == "sgd" else torch.optim.Adam(M, lr)
         print(f"{steps} steps of {min(args.batch_size, len(train))} images, lr {lr:.2e}, loss {args.loss}, lambda {args.lam:g}")
+        own = slice(common.RANK, None, common.WORLD)         # this process's images of a batch: all, unless torchrun started several
         for t, (x, y) in enumerate(common.batches(train, classifier.size, args, steps)):
             optimizer.param_groups[0]["lr"] = lr * cosine[t]
             with parametrize.cached():                       # theta' is computed once a step, not once per forward pass
-                x_adv = pgd(classifier, x, y, args.eps, train_step, args.train_attack_steps)
+                x_adv = pgd(classifier, x, y, args.eps, train_step, args.train_attack_steps, own)
+                share, x, y = len(y[own]) / len(y), x[own], y[own]
                 with torch.set_grad_enabled(args.attached):
                     z_clean, logits_clean = features(classifier, x, args.features, args.raw)
                 z_adv, logits_adv = features(classifier, x_adv, args.features, args.raw)
@@ -243,15 +246,16 @@ def main():
                 ce = F.cross_entropy(logits_adv, y)
                 term = consistency(args.loss, logits_clean, logits_adv, z_clean, z_adv, y, args.eps_w)
                 optimizer.zero_grad()
-                (ce + args.lam * term).backward()
+                (share * (ce + args.lam * term)).backward()
+            common.total(*(m.grad for m in M))               # over the processes, each with its share of the batch
             if args.optimizer == "sgd":                      # M <- M - gamma dL/dM_bin, in units of the gradient's root mean square over all masks
                 rms = (sum(m.grad.square().sum() for m in M) / masked).sqrt()
                 for m in M:
                     m.grad /= rms.clamp(min=1e-12)
             optimizer.step()
             if (t + 1) % 50 == 0 or t + 1 == steps:
-                accuracy = 100 * (logits_adv.argmax(1) == y).float().mean().item()
-                print(f"step {t + 1}/{steps}  ce {ce.item():.3f}  {args.loss} term {term.item():.4f}  train adv acc {accuracy:.0f} %  "
+                common.total(log := share * torch.stack([ce, term, 100 * (logits_adv.argmax(1) == y).float().mean()]).detach())
+                print(f"step {t + 1}/{steps}  ce {log[0]:.3f}  {args.loss} term {log[1]:.4f}  train adv acc {log[2]:.0f} %  "
                       f"flipped {100 * flipped(masks):.2f} %  {time.time() - training:.0f} s", flush=True)
         common.save_adapter(folder / "adapter.safetensors", pack(masks), metadata)
     share = flipped(masks)

@@ -6,6 +6,7 @@ which `guard` turns into one sentence on stderr and exit code 2.
 import argparse
 import concurrent.futures
 import contextlib
+import datetime
 import errno
 import hashlib
 import http.client
@@ -21,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import urllib.request
 from typing import NamedTuple
 
@@ -35,9 +37,11 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
-from robustness import TORCHATTACKS, autoattack, draw_curves, eps_curve, evaluate, table    # noqa: F401 (table: for the programs)
+from robustness import TORCHATTACKS, Float32Conv2d, autoattack, batch_mean, draw_curves, eps_curve, evaluate, table, total    # noqa: F401
 
 HERE = pathlib.Path(__file__).resolve().parent
+# torchrun starts WORLD processes of a program: each draws all that is random for all, and computes its share; process 0 prints and writes
+RANK, WORLD = (int(os.environ[key]) if torch.distributed.is_torchelastic_launched() else start for key, start in (("RANK", 0), ("WORLD_SIZE", 1)))
 
 
 # ---------------------------------------------------------------------------------------------------------------- faults and arguments
@@ -47,6 +51,7 @@ class Fault(Exception):
 
 def guard(main):
     """Run a program: a Fault, a full disk or a broken download becomes one sentence on stderr and exit code 2."""
+    sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
     try:
         return main()
     except Fault as fault:
@@ -56,6 +61,7 @@ def guard(main):
         sentence = f"{'the disk is full' if full else fault.strerror or fault}: {fault.filename or 'while writing'}; nothing half-written was left"
     except KeyboardInterrupt:
         sentence = "interrupted; no half-written file was left"
+    time.sleep(3 if RANK else 0)    # where process 0 has the same fault, torchrun ends this one meanwhile: the sentence is printed once
     print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
     sys.exit(2)
 
@@ -108,7 +114,7 @@ def add_arguments(parser):
     add("--autoattack", type=at_least(1), metavar="N", help="attack N fixed test images with AutoAttack as well; needs torchattacks")
     add("--eps-curve", action="store_true", help="robust accuracy under PGD-20 over eps as well, from 0 to where it is 0; needs matplotlib")
     add("--seed", type=at_least(0), default=1, help="few-shot draw and training; the test attack's starts are the image's own")
-    add("--batch-size", type=at_least(1), default=32, help="training batch")
+    add("--batch-size", type=at_least(1), default=32, help="training batch, of all processes together")
     add("--augment", default="crop", choices=["crop", "none"], help="crop: RandomResizedCrop(0.5, 1) and flip (our choice: R-AMT's)")
     add("--logit-scale", type=at_least(1e-3, float), help="s in the classifier; default the model's own, 100 for OpenAI's CLIP")
     add("--test-batch-size", type=at_least(1), default=128, help="evaluation batch")
@@ -143,6 +149,7 @@ def parse(parser, argv=None):
         raise Fault(TORCHATTACKS)
     if args.eps_curve and not importlib.util.find_spec("matplotlib"):
         raise Fault("--eps-curve draws with matplotlib; install it with: pip install matplotlib")
+    args.device = f"cuda:{os.environ['LOCAL_RANK']}" if WORLD > 1 and args.device == "cuda" else args.device
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as fault:
@@ -153,16 +160,20 @@ def parse(parser, argv=None):
     # torch's flash kernel is slow backwards on short sequences on CPU; this switch governs the CPU kernel as well
     torch.backends.cuda.enable_flash_sdp(args.device != "cpu" or args.attention == "torch")
     torch.manual_seed(args.seed)
+    if WORLD > 1:
+        args.export = None if RANK else args.export
+        if args.device != "cpu":
+            torch.cuda.set_device(args.device)
+        torch.distributed.init_process_group("gloo" if args.device == "cpu" else "nccl", timeout=datetime.timedelta(days=1))
     return args
 
 
 # --------------------------------------------------------------------------------------------------------------------------- datasets
-# one image: a path or a uint8 array, its label, its class name
-Item = NamedTuple("Item", [("image", object), ("label", int), ("name", str)])
+Item = NamedTuple("Item", [("image", object), ("label", int), ("name", str)])    # a path or a uint8 array, its label, its class name
 # class names by label, the prompt template, and three lists of Item
 Data = NamedTuple("Data", [("classes", list), ("template", str), ("train", list), ("val", list), ("test", list)])
-# one line per dataset: folder under the data root, image folder in it, file of the split, md5 of its parsed content (empty: not at hand, so not
-# checked), prompt, and where the images come from: a class of torchvision that downloads them, or an address, files and their size
+# one line per dataset: folder under the data root, image folder in it, file of the split, md5 of its parsed content (empty: not checked),
+# prompt, and where the images come from: a class of torchvision that downloads them, or an address, files and their size
 Source = NamedTuple("Source", [(key, str) for key in ("folder", "images", "split", "md5", "template", "origin")])
 
 SPLITS = "https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/c7e7e68ae4eeadfab98e7886b2d6c9cf48a7ceb5/splits/"
@@ -194,21 +205,17 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".ti
 
 def load_dataset(name, root, download=True):
     """The dataset `name` under `root`, downloaded where that is possible -> Data. Raises Fault."""
-    return load_embedded() if name == "embedded" else load_folder(root) if name == "folder" else load_published(name, root, download)
-
-
-def load_embedded():
-    """tiny/fashion.npz: 16 train, 4 val and 20 test images per class of Fashion-MNIST, 28 x 28 grey."""
+    if name != "embedded":
+        return load_folder(root) if name == "folder" else load_published(name, root, download)
+    # 16 train, 4 val and 20 test images per class of Fashion-MNIST, 28 x 28 grey
     arrays = np.load(HERE / "tiny" / "fashion.npz")
     names = [str(n) for n in arrays["classes"]]
     return Data(names, PHOTO, *([Item(x, int(y), names[y]) for x, y in zip(arrays[f"{s}_x"], arrays[f"{s}_y"])] for s in ("train", "val", "test")))
 
 
 def load_folder(root):
-    """One sub-folder per class; names from classnames.txt (a line per folder, in sorted order) or from the folders.
-
-    Split like CoOp's random splits: per class, shuffled once with a fixed seed, 50 % train, 20 % val, 30 % test, at least one of each.
-    """
+    """One sub-folder per class; names from classnames.txt (a line per folder, in sorted order) or from the folders. Split like CoOp's random splits:
+    per class, shuffled once with a fixed seed, 50 % train, 20 % val, 30 % test, at least one of each."""
     if not root.is_dir():
         raise Fault(f"--data-root {root} is not a folder; expected one with a sub-folder of images per class")
     folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
@@ -270,10 +277,8 @@ def read_wnids(folder, source):
     labels = {path.name: label for label, path in enumerate(sorted(p for p in (images / "train").iterdir() if p.is_dir()))}
     train = [(path, wnid) for wnid in labels for path in sorted((images / "train" / wnid).rglob("*.JPEG"))]
     notes = images / "val" / "val_annotations.txt"
-    if notes.exists():
-        val = [(images / "val" / "images" / line.split("\t")[0], line.split("\t")[1]) for line in notes.read_text().strip().split("\n")]
-    else:
-        val = [(path, wnid) for wnid in labels for path in sorted((images / "val" / wnid).glob("*.JPEG"))]
+    val = ([(images / "val" / "images" / line.split("\t")[0], line.split("\t")[1]) for line in notes.read_text().strip().split("\n")]
+           if notes.exists() else [(path, wnid) for wnid in labels for path in sorted((images / "val" / wnid).glob("*.JPEG"))])
     train, val = ([[str(path.relative_to(images)), labels[wnid], names[wnid]] for path, wnid in part] for part in (train, val))
     return {"train": train, "val": val, "test": val}
 
@@ -417,14 +422,6 @@ def load_clip(model, pretrained="openai", device="cpu"):
     return clip.eval().requires_grad_(False).to(device), config
 
 
-class Float32Conv2d(nn.Conv2d):
-    """A convolution that autocast leaves in float32."""
-
-    def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float())
-
-
 class Classifier(nn.Module):
     """Zero-shot CLIP as a plain network: pixels (b, 3, h, w) in [0, 1] -> logits (b, classes), f(x) = s <z/|z|, t_c/|t_c|>.
 
@@ -436,8 +433,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.scale = clip.logit_scale.exp().item() if scale is None else scale
         self.clip, self.config, self.dtype = clip, config, getattr(torch, dtype)
-        self.size = clip.visual.preprocess_cfg["size"]
-        self.size = self.size if isinstance(self.size, int) else self.size[0]
+        self.size = int(np.max(clip.visual.preprocess_cfg["size"]))    # a number, or the same number twice
         clip.visual.conv1.__class__ = Float32Conv2d
         for key in ("mean", "std"):
             self.register_buffer(key, torch.tensor(clip.visual.preprocess_cfg[key], device=clip.logit_scale.device)[:, None, None])
@@ -461,12 +457,11 @@ class Classifier(nn.Module):
         return self.scale * F.normalize(z.float(), dim=-1) @ self.text.T
 
 
-# ------------------------------------------------------------------------------------------------------------------------- evaluation
 def prepare(args):
-    """Load what the arguments name -> classifier, the few-shot training items, and a function that evaluates what the classifier has become.
-
-    It evaluates on the classes that are trained, and on those that --protocol and --transfer add: the result's "transfer", {name: result}.
-    """
+    """Load what the arguments name -> classifier, the few-shot training items, and a function that evaluates what the classifier has become: on the
+    classes that are trained, and on those that --protocol and --transfer add, the result's "transfer": {name: result}."""
+    if RANK:    # process 0 loads first, and downloads
+        torch.distributed.barrier()
     data = load_dataset(args.dataset, args.data_root, not args.no_download)
     data = data._replace(train=few_shot(data.train, data.val, args.shots, args.seed)[0])    # drawn on all classes, then halved, as in CoOp
     targets = {args.dataset: half(data, args.classes), **({"new": half(data, "new")} if args.protocol else {}),
@@ -475,6 +470,10 @@ def prepare(args):
         raise Fault(f"{args.dataset} has {len(data.classes)} classes, too few to halve; expected at least 4, so that each half has 2 to tell apart")
     data = targets[args.dataset]
     classifier = Classifier(*load_clip(args.model, args.pretrained, args.device), data.classes, data.template, args.dtype, args.logit_scale)
+    if min(args.batch_size, len(data.train)) < WORLD:
+        raise Fault(f"{WORLD} processes cannot share a batch of {min(args.batch_size, len(data.train))} images; start fewer")
+    if WORLD > 1 and not RANK:
+        torch.distributed.barrier()
     images = {name: test_split(target, args, classifier.size) for name, target in targets.items()}
     print(f"{args.model} on {args.dataset}: {len(data.classes)} classes, {len(data.train)} training and {len(images[args.dataset][1])} {args.split} "
           f"images, {classifier.size} px, eps {255 * args.eps:g}/255, {args.dtype} on {args.device}, logit scale {classifier.scale:.1f}",
@@ -500,6 +499,8 @@ def prepare(args):
 # ------------------------------------------------------------------------------------------------------------------------------ files
 def write(path, content):
     """Write bytes under a temporary name beside `path`, then rename: the file is whole or absent."""
+    if RANK:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -517,8 +518,7 @@ def run_folder(args, method):
     try:
         folder = next(f for n in range(1, 10**6) if not any((f := args.out / (name if n == 1 else f"{name}-{n}")).glob("*")))
         folder.mkdir(parents=True, exist_ok=True)
-        write(folder / ".probe", b"")
-        (folder / ".probe").unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as fault:
         raise Fault(f"cannot write to {args.out / name} ({fault.strerror}); choose another folder with --out")
     return folder
@@ -562,7 +562,7 @@ def describe(args, method):
 def save_result(folder, args, method, **facts):
     """<folder>/result.json (its keys: results/README.md): how it was made, and what the program gives; with --eps-curve, eps_curve.png as well."""
     device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
-    facts = {**describe(args, method), "device_name": device, "peak_memory_mib": round(peak_memory(args.device)), **facts}
+    facts = {**describe(args, method), "device_name": device, "peak_memory_mib": round(peak_memory(args.device)), "processes": WORLD, **facts}
     write(folder / "result.json", (json.dumps(facts, indent=1) + "\n").encode())
     if args.eps_curve:
         write(folder / "eps_curve.png", draw_curves({k: facts[k]["eps_curve"] for k in ("before", "after") if facts[k]}, args.norm))

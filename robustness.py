@@ -12,6 +12,27 @@ import torch
 import torch.nn.functional as F
 
 
+def share():
+    """-> which of how many processes this is: (0, 1) unless torch.distributed was initialised, as under torchrun."""
+    alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    return (0, 1) if alone else (torch.distributed.get_rank(), torch.distributed.get_world_size())
+
+
+def total(*tensors):
+    """Sum every tensor over the processes, in place."""
+    for tensor in tensors:
+        if share()[1] > 1:
+            torch.distributed.all_reduce(tensor)
+
+
+def batch_mean(values):
+    """The mean of values (b,) over the images of all processes: a number without a gradient if there are several."""
+    if share()[1] == 1:
+        return values.mean()
+    total(both := torch.stack([values.detach().sum(), values.new_tensor(len(values))]))
+    return both[0] / both[1]
+
+
 def project(delta, eps, norm):
     """The nearest point of the ball |delta| <= eps, image by image."""
     if norm == "linf":
@@ -57,6 +78,14 @@ def attack(net, x, y, eps, step, steps, rows, index, norm="linf", seed=0, batch_
         keep = (t < steps) & (streak < settle if settle else True)
         state = [part[keep] for part in (place, clean, label, delta, t + 1, streak)]
     return right, zero
+
+
+class Float32Conv2d(torch.nn.Conv2d):
+    """A convolution that autocast leaves in float32: bfloat16 would round the pixels, which hides the gradient."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
 
 
 def random_search(net, clean, label, eps, norm, queries=50):
@@ -128,15 +157,22 @@ def evaluate(classifier, x, y, eps, step=None, steps=100, seed=0, batch_size=128
     if any(p.dtype == torch.float16 for p in classifier.parameters()):
         raise ValueError("the classifier has float16 weights, in which small gradients become zero: the attack looks weak; use float32")
     step = step if step is not None else 1 / 255 if norm == "linf" else 2.5 * eps / steps
-    x, y, device, n, everything = x.cpu(), y.cpu(), next(classifier.parameters()).device, len(y), torch.arange(len(y))
+    x, y, device, n, everything, (rank, world) = x.cpu(), y.cpu(), next(classifier.parameters()).device, len(y), torch.arange(len(y)), share()
+    mine = everything[rank::world]    # every process attacks its share
     run = functools.partial(attack, classifier, x, y, index=everything if index is None else index, norm=norm, batch_size=batch_size)
     with torch.no_grad():
-        clean = torch.cat([classifier(pixels(x, rows, device)).argmax(1).cpu() == y[rows] for rows in everything.split(batch_size)])
-    (noise, quarter, final, best), zero = run(eps, step, steps, everything, seed=seed, settle=settle)
+        clean = torch.cat([classifier(pixels(x, rows, device)).argmax(1).cpu() == y[rows] for rows in mine.split(batch_size)])
+    (noise, quarter, final, best), zero = run(eps, step, steps, mine, seed=seed, settle=settle)
     best &= clean
     for r in range(1, restarts):
         rows = best.nonzero()[:, 0]
-        best[rows] = run(eps, step, steps, rows, seed=seed + r)[0][3]
+        best[rows] = run(eps, step, steps, mine[rows], seed=seed + r)[0][3]
+    if world > 1:
+        right, parts = torch.empty(5, n, dtype=torch.bool), [None] * world
+        torch.distributed.all_gather_object(parts, (torch.stack([clean, noise, quarter, final, best]), zero))
+        for r, (part, _) in enumerate(parts):
+            right[:, r::world] = part
+        (clean, noise, quarter, final, best), zero = right, sum(part[1] for part in parts)
     won = {"clean": clean, "noise": noise, "pgd": final, "pgd_best": best}
     low, high = x.min().item(), x.max().item()
     flags = [sentence for wrong, sentence in (
