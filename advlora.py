@@ -16,7 +16,7 @@ The idea. W_0 (d_out, d_in) is a frozen weight, A (r, d_in) and B (d_out, r) are
 
 a, one number a block, is the adaptive scale ("alpha" in the code). W = W_0 at the start, and with alignment each of A, B, a has a gradient there;
 --clean-weight adds a cross-entropy on clean images. Every block of every adapted matrix (q, k, v apart) adds r (d_in + d_out) + 1 numbers:
-with the default targets in one tower of n blocks of width d, n (8 r d + 4); on ViT-B/32's image tower with r = 8 that is 589,872.
+with the default targets in one tower of n blocks of width d, n (18 r d + 6); on ViT-B/32's image tower with r = 8 that is 1,327,176.
 """
 import math
 import time
@@ -37,7 +37,7 @@ add("--no-align", action="store_true", help="B = 0 at the start instead of the l
 add("--no-balance", action="store_true", help="keep A at the centres' own size, instead of scaling aligned A and B to equal norms (our choice)")
 add("--no-adaptive", action="store_true", help="keep a at its start; with --init gaussian --no-align this is plain LoRA, W_0 + a B A")
 add("--scale", type=common.at_least(1e-6, float), default=1, help="a_0, the start of a (our choice)")
-add("--targets", default="attn", choices=["attn", "mlp", "both"], help="adapted weights of every block: attention, MLP, or both (our choice)")
+add("--targets", default="both", choices=["attn", "mlp", "both"], help="adapted weights of every block: attention, MLP, or both (our choice)")
 add("--towers", default="vision", choices=["vision", "both"], help="adapt the image tower, or the text tower as well (our choice)")
 add("--full", action="store_true", help="train every weight of the image tower instead: full adversarial fine-tuning, the yardstick")
 add("--clean-weight", type=common.at_least(0, float), default=0, help="weight of the cross-entropy on clean images")
@@ -123,7 +123,7 @@ WEIGHTS = {"attn": {"attn.in_proj_weight": 3, "attn.out_proj.weight": 1}, "mlp":
 WEIGHTS["both"] = WEIGHTS["attn"] | WEIGHTS["mlp"]
 
 
-def attach(clip, rank, targets="attn", towers="vision", seed=0, **options):
+def attach(clip, rank, targets="both", towers="vision", seed=0, **options):
     """Adapt the named weights of every block of an open_clip ViT's image tower, or of both towers -> {parameter name: ClusterLoRA}.
 
     targets: attn (in_proj (3d, d) as q, k, v, and out_proj (d, d)), mlp (c_fc (4d, d) and c_proj (d, 4d)) or both; options: ClusterLoRA's; a matrix

@@ -17,9 +17,11 @@ MASKS_OF_ONES, PLAIN = "advmask.py --steps 1 --lr 0", "--init gaussian --no-alig
 # table -> (datasets, seeds, {row: script and arguments}); "= TABLE: ROW" is that run, not run again; a row "zero-shot" is the same for every seed
 TABLES = {
     "main": (BOTH, SEEDS, {
-        "AdvMask": "advmask.py", "AdvMask, lambda 50": "advmask.py --lam 50", "AdvLoRA": "advlora.py", "full fine-tuning": "advlora.py --full",
-        "plain LoRA": f"advlora.py {PLAIN}", "AdvLoRA, SVD start": "advlora.py --init svd",
-        "AdvLoRA, not aligned": "advlora.py --no-align", "AdvLoRA, not adaptive": "advlora.py --no-adaptive"}),
+        "AdvMask": "advmask.py", "AdvMask, lambda 50": "advmask.py --lam 50", "AdvLoRA": "advlora.py", "full fine-tuning": "advlora.py --full"}),
+    "controls": (BOTH, SEEDS, {
+        "zero-shot": "= zero-shot: eps 3/255", "full fine-tuning": "= main: full fine-tuning", "AdvLoRA": "= main: AdvLoRA",
+        "plain LoRA": f"advlora.py {PLAIN} {LIMIT}", "AdvLoRA, SVD start": f"advlora.py --init svd {LIMIT}",
+        "AdvLoRA, not aligned": f"advlora.py --no-align {LIMIT}", "AdvLoRA, not adaptive": f"advlora.py --no-adaptive {LIMIT}"}),
     "zero-shot": (BOTH, (1,), {f"eps {k}/255": f"{MASKS_OF_ONES} --eps {k}/255" for k in (1, 2, 3)}),
     "choices": (("caltech101",), (1,), {
         row: f"advmask.py {VAL} {row.removeprefix('defaults')}" for row in (
@@ -27,8 +29,8 @@ TABLES = {
             "--layers mlp", "--layers both", "--features mean", "--raw --lam 0.5", "--attached", "--augment none")}),
     "lora": (("caltech101",), (1,), {
         row: f"advlora.py {VAL} {row.removeprefix('defaults')}" for row in (
-            "defaults", "--lr 5e-4", "--lr 5e-3", "--rank 4", "--rank 16", "--targets both", "--towers both", f"{PLAIN}", f"{PLAIN} --lr 5e-3",
-            "--clean-weight 0.5", "--full", "--full --lr 3e-5", "--full --lr 1e-4", "--full --lr 1e-3")}),
+            "defaults", "--lr 3e-3", "--rank 4", "--rank 16 --lr 2e-3", "--targets attn", "--targets attn --rank 16", "--targets mlp", "--no-balance",
+            "--towers both", "--clean-weight 0.5", "--full", "--full --lr 3e-5", "--full --lr 1e-4", "--full --lr 1e-3")}),
     "logit-scale": (("caltech101",), (1,), {
         f"s = {s}, lambda {lam}": f"advmask.py {VAL} --logit-scale {s} --lam {lam}" for s in (17, 100) for lam in (0, 10, 50, 250)}),
     "shots": (BOTH, SEEDS, {"zero-shot": "= zero-shot: eps 3/255"} | {
