@@ -204,6 +204,8 @@ def main():
         raise common.Fault("--full trains the image tower; leave out --towers both")
     classifier, train, measure = common.prepare(args)
     clip = classifier.clip
+    if not args.full and args.rank > (width := clip.visual.transformer.width):    # before the zero-shot evaluation, not after it
+        raise common.Fault(f"--rank {args.rank} does not fit weights of width {width}; expected 1 to {width}")
     before = None if args.after_only else measure()
     if before:
         print(f"zero-shot: clean {before['clean']:.2f}, PGD-{args.test_steps} {before['pgd']:.2f}  ({time.time() - start:.0f} s)", flush=True)

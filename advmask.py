@@ -151,12 +151,13 @@ def features(classifier, x, kind="cls", raw=False):
     return (z if raw else F.normalize(z, dim=-1)), logits
 
 
-def lafa(z_clean, z_adv, p_true, eps_w=1e-6):
+def lafa(z_clean, z_adv, p_true, eps_w=1e-6, p_mean=None):
     """L_LAFA (AdvMask): layer-wise adaptive feature alignment. z (layers, b, d); p_true (b,), the model's p(y|x) on the clean image -> scalar.
+    p_mean: E_B[p(y'|x')], where the images here are only a part of the batch B.
 
     L = 1/(|Layers||B|) sum_l sum_x  p(y|x) / (E_B[p(y'|x')] + eps_w) * |z_clean^(l) - z_adv^(l)|_2^2
     """
-    weight = p_true / (common.batch_mean(p_true) + eps_w)                         # (b,), mean 1 over the batch
+    weight = p_true / ((p_true.mean() if p_mean is None else p_mean) + eps_w)     # (b,), mean 1 over the batch
     return (weight * (z_clean - z_adv).square().sum(-1)).mean()                   # mean over (layers, b)
 
 
@@ -165,7 +166,7 @@ def consistency(kind, logits_clean, logits_adv, z_clean, z_adv, y, eps_w):
     log_p, log_q = F.log_softmax(logits_clean, -1), F.log_softmax(logits_adv, -1)    # (b, classes)
     if kind == "lafa":
         p_true = log_p.exp().gather(1, y[:, None])[:, 0].detach()
-        return lafa(z_clean, z_adv, p_true, eps_w)
+        return lafa(z_clean, z_adv, p_true, eps_w, common.batch_mean(p_true))
     if kind == "align":
         return (z_clean - z_adv).square().sum(-1).mean()
     if kind == "kl":                                                              # KL(P_clean || P_adv)

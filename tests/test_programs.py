@@ -89,9 +89,9 @@ def test_a_run_leaves_its_files_and_prints_its_table(run, files_in):
     if name == "advmask":
         assert 0 < result["flipped"] < 1
     else:
-        assert result["trained"] == 6 * (8 * 8 * 192 + 4) and 0 < result["setup_seconds"] < result["seconds"]
+        assert result["trained"] == 6 * (18 * 8 * 192 + 6) and 0 < result["setup_seconds"] < result["seconds"]
         residual = result["residual"]
-        assert len(residual) == 12 and {len(v) for v in residual.values()} == {1, 3} and all(0 < r < 1 for v in residual.values() for r in v)
+        assert len(residual) == 24 and {len(v) for v in residual.values()} == {1, 3} and all(0 < r < 1 for v in residual.values() for r in v)
     with safetensors.safe_open(adapter_in(folder), "pt") as file:
         assert {"method": name, "model": "tiny", "seed": "1", "shots": "16"}.items() <= file.metadata().items()
 
@@ -124,8 +124,8 @@ def test_the_export_is_the_model_that_was_measured(run, embedded):
 
 @pytest.mark.parametrize("arguments, trained", [
     (("--full", "--lr", 1e-3), 2_768_640),
-    (("--towers", "both", "--rank", 4, "--lr", 1e-2), 6 * (8 * 4 * 192 + 4) + 4 * (8 * 4 * 128 + 4)),
-    (("--init", "gaussian", "--no-align", "--no-adaptive", "--lr", 1e-2), 6 * (8 * 8 * 192)),
+    (("--towers", "both", "--rank", 4, "--lr", 1e-2), 6 * (18 * 4 * 192 + 6) + 4 * (18 * 4 * 128 + 6)),
+    (("--init", "gaussian", "--no-align", "--no-adaptive", "--lr", 1e-2), 6 * (18 * 8 * 192)),
 ], ids=["full", "both towers", "plain LoRA"])
 def test_advloras_variants_load_and_export_what_they_measured(program, tmp_path, embedded, arguments, trained):
     assert program("advlora", *SHORT, *arguments, "--out", tmp_path / "run", "--export", tmp_path / "x").code == 0
