@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 HERE = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -14,6 +16,19 @@ def test_the_tables_are_what_the_command_prints():
     blocks = dict(re.findall(r"<!-- table (\S+) -->\n(.*?)\n?<!-- end -->", printed, re.DOTALL))
     shown = dict(re.findall(r"<!-- table (\S+) -->\n(.*?)\n?<!-- end -->", (HERE / "README.md").read_text(), re.DOTALL))
     assert len(shown) >= 2 and all(shown[name] == blocks[name] for name in shown)
+
+
+def test_the_table_of_ranks_is_what_the_results_say(monkeypatch):
+    monkeypatch.syspath_prepend(HERE / "results")
+    pytest.importorskip("matplotlib")
+    import lowrank
+    shown = dict(re.findall(r"<!-- lowrank (\S+) -->\n(.*?)\n<!-- end -->", (HERE / "README.md").read_text(), re.DOTALL))
+    facts = {name: json.loads((HERE / "results" / "lowrank" / f"{name}.json").read_text()) for name in shown}
+    assert "caltech101" in shown and shown == {name: lowrank.table(facts[name]) for name in shown}
+    for row in facts["caltech101"]["rows"]:    # the rank is that of the singular values
+        energy = [v**2 for v in row["singular_values"]]
+        assert sum(energy[:row["rank_90"] - 1]) < 0.9 * sum(energy) <= 1.001 * sum(energy[:row["rank_90"]])
+        assert row["residual"]["svd"] <= row["residual"]["cluster"] <= row["residual"]["membership"]
 
 
 def test_the_model_card_states_what_was_measured():
