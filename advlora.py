@@ -5,7 +5,7 @@ of the pre-trained weight (parameter clustering; the rank is the number of centr
 adaptive update parameter alpha scales them; training is adversarial, with PGD. The paper does not say, and so these are our choices: k-means on the
 rows, centres as A, least squares as B, the subtraction of the start so that nothing changes at first, alpha learnable, and every default here.
 
-    python advlora.py                                                # small CLIP, embedded data: no download
+    python advlora.py                                                # small CLIP, embedded data: no download, about 2 minutes on 2 CPU cores
     python advlora.py --model tiny --dataset caltech101              # small CLIP, real photographs
     python advlora.py --dataset caltech101 --shots 16                # OpenAI ViT-B/32, eps 1/255, PGD-100
 
@@ -14,9 +14,13 @@ The idea. W_0 (d_out, d_in) is a frozen weight, A (r, d_in) and B (d_out, r) are
     W = W_0 + (a B A - a_0 B_0 A_0),    A_0 = k-means centres of W_0's rows,    B_0 = argmin_B |B A_0 - W_0|_F,    a_0 = 1
     min over A, B, a  E[ CE(f_W(x~), y) ],   x~ = x + argmax over |delta| <= eps of CE(f_W(x + delta), y)
 
-a, one number a block, is the adaptive scale ("alpha" in the code). W = W_0 at the start, and with alignment each of A, B, a has a gradient there;
---clean-weight adds a cross-entropy on clean images. Every block of every adapted matrix (q, k, v apart) adds r (d_in + d_out) + 1 numbers:
-with the default targets in one tower of n blocks of width d, n (18 r d + 6); on ViT-B/32's image tower with r = 8 that is 1,327,176.
+a, one number a part (q, k and v are parts of one matrix), is the adaptive scale ("alpha" in the code). W = W_0 at the start, and with alignment
+each of A, B, a has a gradient there; --clean-weight adds a cross-entropy on clean images. Every part of every adapted matrix adds
+r (d_in + d_out) + 1 numbers: with the default targets in one tower of n transformer blocks of width d, n (18 r d + 6); on ViT-B/32's image tower
+with r = 8 that is 1,327,176.
+
+Evidence (README): small CLIP, embedded data, 16 shots, eps 3/255, seeds 1-3, one CPU core, torch 2.15, open_clip 3.3: clean 81.5 -> 72.8 +- 2.8,
+PGD-100 6.0 -> 39.5 +- 3.1, with 6 % of the image tower's numbers trained. ViT-B/32 with CLIP's weights has not been run here.
 """
 import math
 import time
@@ -158,7 +162,7 @@ def pgd(classifier, x, y, eps, step, steps, own=slice(None)):
     """
     assert not classifier.training, "attack the network that is deployed: eval mode"
     delta = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1) - x
-    x, y, delta = x[own], y[own], delta[own]    # every process of torchrun has drawn the start of all
+    x, y, delta = x[own], y[own], delta[own]    # torchrun's processes share a seed: each draws the noise of the whole batch and keeps its own images
     for _ in range(steps):
         delta.requires_grad_()
         # sum, not mean: the gradient of one image must not depend on the batch size
@@ -192,8 +196,8 @@ def unpack(state, tensors):
 def main():
     args = common.parse(parser)
     start = time.time()
-    train_step = args.eps if args.train_step is None else args.train_step
-    folder, metadata = common.run_folder(args, "advlora"), common.describe(args, "advlora")
+    args.train_step = args.eps if args.train_step is None else args.train_step
+    folder, metadata = common.run_folder(args, "advlora"), None
     if args.load:
         tensors, metadata = common.load_adapter(args.load, "advlora", args, ["rank", "targets", "towers", "no_adaptive", "full"])
         args.rank, args.targets, args.towers = (metadata[k] for k in ("rank", "targets", "towers"))
@@ -235,18 +239,18 @@ def main():
     # -- training
     training = time.time()
     if not args.load:
-        steps = args.steps or max(args.min_steps, args.epochs * math.ceil(len(train) / args.batch_size))
+        steps = args.steps = args.steps or max(args.min_steps, args.epochs * math.ceil(len(train) / args.batch_size))
         cosine = [0.5 * (1 + math.cos(math.pi * t / steps)) for t in range(steps)]
-        lr = args.lr if args.lr is not None else 3e-4 if args.full else 1e-3
+        lr = args.lr = args.lr if args.lr is not None else 3e-4 if args.full else 1e-3
         optimizer = torch.optim.AdamW(parameters, lr, weight_decay=args.weight_decay)
         print(f"{steps} steps of {min(args.batch_size, len(train))} images, lr {lr:.2e}, clean weight {args.clean_weight:g}")
         own = slice(common.RANK, None, common.WORLD)         # this process's images of a batch: all, unless torchrun started several
         for t, (x, y) in enumerate(common.batches(train, classifier.size, args, steps)):
             optimizer.param_groups[0]["lr"] = lr * cosine[t]
-            with parametrize.cached():                       # W is computed once a step, not once per forward pass
+            with parametrize.cached():                       # W once a step, not once per forward pass; pgd computes it, with the factors' graph
                 if args.towers == "both":                    # t_c / |t_c| through the adapted text tower   (classes, d)
                     classifier.text = classifier.encode_classes()
-                x_adv = pgd(classifier, x, y, args.eps, train_step, args.train_attack_steps, own)
+                x_adv = pgd(classifier, x, y, args.eps, args.train_step, args.train_attack_steps, own)
                 share, x, y = len(y[own]) / len(y), x[own], y[own]
                 logits_adv = classifier(x_adv)
                 # CE(x~, y) + weight * CE(x, y)
@@ -262,7 +266,7 @@ def main():
                 scales = f"a {min(a):.2f} to {max(a):.2f}" if loras else "all weights"
                 print(f"step {t + 1}/{steps}  ce {log[0]:.3f}  clean term {log[1]:.3f}  train adv acc {log[2]:.0f} %  "
                       f"{scales}  {time.time() - training:.0f} s", flush=True)
-        common.save_adapter(folder / "adapter.safetensors", state, metadata)
+        common.save_adapter(folder / "adapter.safetensors", state, common.describe(args, "advlora"))
     training = time.time() - training
 
     # -- evaluation of the merged model
@@ -271,7 +275,7 @@ def main():
     common.table([("zero-shot", before), ("fine-tuned" if args.full else "AdvLoRA", after)], args.test_steps)
     if args.export:
         common.export(clip, classifier.config, args.export)
-    common.save_result(folder, args, "advlora", adapter=metadata if args.load else None, before=before, after=after, trained=trained,
+    common.save_result(folder, args, "advlora", adapter=metadata, before=before, after=after, trained=trained,
                        vision=vision, total=total, residual=residual, setup_seconds=round(setup, 2), training_seconds=round(training, 1),
                        seconds=round(time.time() - start, 1))
     print(f"peak memory {common.peak_memory(args.device):.0f} MiB, {time.time() - start:.0f} s (training {training:.0f} s); files in {folder}")

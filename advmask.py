@@ -6,7 +6,7 @@ https://openreview.net/forum?id=kzGkXpW4FT. This is an independent implementatio
 
     python advmask.py                                                # small CLIP, embedded data: no download, about 2 minutes on 2 CPU cores
     python advmask.py --model tiny --dataset caltech101              # small CLIP, real photographs
-    python advmask.py --dataset caltech101 --shots 16                # OpenAI ViT-B/32, as published: eps 1/255, PGD-100
+    python advmask.py --dataset caltech101 --shots 16                # OpenAI ViT-B/32, the published attack: eps 1/255, PGD-100
 
 The idea. theta are CLIP's weights, M a real mask of the same shape, alpha a threshold. The network runs on theta' = theta * 1[M > alpha]; theta
 stays frozen, only M is trained, on adversarial images, through a straight-through gradient. One bit per masked weight is the whole adapter.
@@ -36,7 +36,7 @@ add("--threshold", type=float, default=5e-3, help="alpha: an entry of at most al
 add("--loss", default="lafa", choices=["ce", "js", "kl", "align", "lafa"], help="CE alone, or CE + lambda times JS, KL, alignment, LAFA")
 add("--lam", type=common.at_least(0, float), help="lambda; default 50, as published, and 150 for the small CLIP (our choice)")
 add("--eps-w", type=common.at_least(0, float), default=1e-6, help="epsilon_w in LAFA's weight (our choice)")
-add("--features", default="cls", choices=["cls", "mean"], help="a block's feature: CLS token, or mean over tokens (our choice)")
+add("--features", default="cls", choices=["cls", "mean"], help="a block's feature: CLS token, or mean over tokens (our choice: cls)")
 add("--raw", action="store_true", help="do not scale features to unit length before comparing them (our choice: unit length)")
 add("--attached", action="store_true", help="let gradients flow through the clean features as well (our choice: detached)")
 add("--train-attack-steps", type=common.at_least(1), default=2, help="PGD steps while training")
@@ -45,8 +45,8 @@ add("--epochs", type=common.at_least(1), default=4, help="training length (our c
 add("--min-steps", type=common.at_least(1), default=100, help="... but at least so many steps, so that few shots train too (our choice)")
 add("--steps", type=common.at_least(1), help="training steps; overrides --epochs and --min-steps")
 add("--optimizer", default="sgd", choices=["sgd", "adam"], help="sgd: gradients scaled to unit root mean square, momentum 0.9 (our choice)")
-add("--budget", type=common.at_least(0, float), default=1.5, help="flip budget, which sets the rate: the way that an entry goes in all if its"
-    " gradient is always of average size and the same sign, over the way from init to alpha (our choice)")
+add("--budget", type=common.at_least(0, float), default=1.5, help="flip budget, which sets the rate: how many times over an entry whose gradient"
+    " is always of average size and one sign would go from init to alpha (our choice)")
 add("--lr", type=common.at_least(0, float), help="first rate, decayed by a cosine; overrides --budget")
 
 
@@ -64,7 +64,7 @@ class Above(torch.autograd.Function):
 
 
 class BinaryMask(nn.Module):
-    """Parametrisation of a frozen weight: theta -> theta * 1[M > alpha], M of the weight's shape, starting at `init`, so that no weight is masked.
+    """Parametrisation of a frozen weight: theta -> theta * 1[M > alpha], M of the weight's shape, starting at `init`, so that every weight is kept.
 
     Straight-through (AdvMask): M <- M - gamma dL/dM_bin with dL/dM_bin = theta * dL/dtheta'. Raises Fault unless init > threshold.
     """
@@ -121,7 +121,7 @@ def pgd(classifier, x, y, eps, step, steps, own=slice(None)):
     """
     assert not classifier.training, "attack the network that is deployed: eval mode"
     delta = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1) - x
-    x, y, delta = x[own], y[own], delta[own]    # every process of torchrun has drawn the start of all
+    x, y, delta = x[own], y[own], delta[own]    # torchrun's processes share a seed: each draws the noise of the whole batch and keeps its own images
     for _ in range(steps):
         delta.requires_grad_()
         # sum, not mean: the gradient of one image must not depend on the batch size
@@ -202,9 +202,9 @@ def unpack(masks, tensors):
 def main():
     args = common.parse(parser)
     start = time.time()
-    train_step = args.eps if args.train_step is None else args.train_step
+    args.train_step = args.eps if args.train_step is None else args.train_step
     args.lam = args.lam if args.lam is not None else 150 if args.model == "tiny" else 50
-    folder, metadata = common.run_folder(args, "advmask"), common.describe(args, "advmask")
+    folder, metadata = common.run_folder(args, "advmask"), None
     if args.load:
         tensors, metadata = common.load_adapter(args.load, "advmask", args, ["layers"])
         args.layers = metadata["layers"]
@@ -226,10 +226,10 @@ def main():
     # -- training
     training = time.time()
     if not args.load:
-        steps = args.steps or max(args.min_steps, args.epochs * math.ceil(len(train) / args.batch_size))
+        steps = args.steps = args.steps or max(args.min_steps, args.epochs * math.ceil(len(train) / args.batch_size))
         cosine = [0.5 * (1 + math.cos(math.pi * t / steps)) for t in range(steps)]
         # a step moves an average entry by at most lr, so sum_t lr_t / (init - alpha) is how many times over it could cross the threshold
-        lr = args.lr if args.lr is not None else args.budget * (args.init - args.threshold) / sum(cosine)
+        lr = args.lr = args.lr if args.lr is not None else args.budget * (args.init - args.threshold) / sum(cosine)
         M = [mask.M for mask in masks.values()]
         # dampening makes momentum an average of gradients: it smooths the way and does not lengthen it
         optimizer = torch.optim.SGD(M, lr, momentum=0.9, dampening=0.9) if args.optimizer == "sgd" else torch.optim.Adam(M, lr)
@@ -237,8 +237,8 @@ def main():
         own = slice(common.RANK, None, common.WORLD)         # this process's images of a batch: all, unless torchrun started several
         for t, (x, y) in enumerate(common.batches(train, classifier.size, args, steps)):
             optimizer.param_groups[0]["lr"] = lr * cosine[t]
-            with parametrize.cached():                       # theta' is computed once a step, not once per forward pass
-                x_adv = pgd(classifier, x, y, args.eps, train_step, args.train_attack_steps, own)
+            with parametrize.cached():                       # theta' once a step, not once per forward pass; pgd computes it, with M's graph
+                x_adv = pgd(classifier, x, y, args.eps, args.train_step, args.train_attack_steps, own)
                 share, x, y = len(y[own]) / len(y), x[own], y[own]
                 with torch.set_grad_enabled(args.attached):
                     z_clean, logits_clean = features(classifier, x, args.features, args.raw)
@@ -258,7 +258,7 @@ def main():
                 common.total(log := share * torch.stack([ce, term, 100 * (logits_adv.argmax(1) == y).float().mean()]).detach())
                 print(f"step {t + 1}/{steps}  ce {log[0]:.3f}  {args.loss} term {log[1]:.4f}  train adv acc {log[2]:.0f} %  "
                       f"flipped {100 * flipped(masks):.2f} %  {time.time() - training:.0f} s", flush=True)
-        common.save_adapter(folder / "adapter.safetensors", pack(masks), metadata)
+        common.save_adapter(folder / "adapter.safetensors", pack(masks), common.describe(args, "advmask"))
     share = flipped(masks)
     if share == 0:
         print("WARNING: no entry of the masks is switched off: the model is still plain CLIP; raise --steps, --budget or --lr")
@@ -270,7 +270,7 @@ def main():
     common.table([("zero-shot", before), ("AdvMask", after)], args.test_steps)
     if args.export:
         common.export(clip, classifier.config, args.export)
-    common.save_result(folder, args, "advmask", adapter=metadata if args.load else None, before=before, after=after, masked=masked,
+    common.save_result(folder, args, "advmask", adapter=metadata, before=before, after=after, masked=masked,
                        vision=vision, total=total, flipped=share, training_seconds=round(training, 1), seconds=round(time.time() - start, 1))
     print(f"peak memory {common.peak_memory(args.device):.0f} MiB, {time.time() - start:.0f} s (training {training:.0f} s); files in {folder}")
 

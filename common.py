@@ -104,7 +104,7 @@ def add_arguments(parser):
     add("--transfer", nargs="+", default=[], choices=["embedded", *DATASETS], metavar="NAME", help="evaluate on these datasets as well, untrained")
     add("--model", help="tiny, an open_clip name, or local-dir:DIR; default: tiny for the embedded data, else ViT-B-32-quickgelu")
     add("--pretrained", default="openai", help="open_clip tag, a checkpoint file, or none for random weights (not used by tiny)")
-    add("--eps", type=fraction, help=f"l_inf radius in pixels; default 1/255, and {round(255 * TINY_EPS)}/255 for the small CLIP (our choice)")
+    add("--eps", type=fraction, help=f"l_inf radius, of pixels in [0, 1]; default 1/255, {round(255 * TINY_EPS)}/255 for the small CLIP (our choice)")
     add("--step", type=fraction, help="step of the test attack; default 1/255, and 2.5 radii over all steps in an l2 ball")
     add("--test-steps", type=at_least(1), default=100, help="steps of the test attack, PGD-N")
     add("--settle", type=at_least(0), default=5, help="an image broken so many iterates in a row is broken and leaves (our choice); 0: none leaves")
@@ -124,7 +124,7 @@ def add_arguments(parser):
     add("--out", type=pathlib.Path, default=pathlib.Path("runs"), help="folder of the result files")
     add("--load", type=pathlib.Path, help="evaluate this adapter.safetensors (or its folder) instead of training")
     add("--export", type=pathlib.Path, help="write the merged model as an open_clip folder")
-    add("--test-limit", type=at_least(1), help="evaluate the first N of the shuffled test images: for trials, never for results")
+    add("--test-limit", type=at_least(1), help="evaluate N of the images, a random choice that is always the same")
     add("--after-only", action="store_true", help="do not evaluate zero-shot first: it is the same for every run on the same images")
     add("--split", default="test", choices=["test", "val"], help="evaluate on test, or on the whole val set: for choosing arguments")
 

@@ -1,6 +1,6 @@
 """Does it matter that an image broken in k iterates in a row counts as broken at the final one (--settle k)? Counted image by image.
 
-    python advmask.py --model tiny --dataset caltech101 --out runs/settle --export runs/settle/export
+    python advmask.py --model tiny --dataset caltech101 --steps 150 --out runs/settle --export runs/settle/export
     python results/settle.py --model local-dir:runs/settle/export --dataset caltech101 --eps 3/255 --test-limit 200
 """
 import pathlib

@@ -38,7 +38,7 @@ def main():
     print(f"time ratio: 1 to {seconds['all images stay'] / seconds['broken images leave']:.1f}")
     if importlib.util.find_spec("torchattacks"):
         import torchattacks
-        start, left, n = time.time(), 0, min(len(y), 400)
+        start, left, n = time.time(), 0, min(len(y), 200)
         for rows in everything[:n].split(args.test_batch_size):
             pixels, label = robustness.pixels(x, rows, args.device), y[rows].to(args.device)
             adversarial = torchattacks.PGD(net, eps=args.eps, alpha=args.step, steps=args.test_steps)(pixels, label)
