@@ -83,7 +83,8 @@ class ClusterLoRA(nn.Module):
     """Parametrisation of a frozen weight W_0 (n d_out, d_in), cut into n blocks of rows: W = W_0 + (a B A - a_0 B_0 A_0), block by block.
 
     Parameters A (n, r, d_in), B (n, d_out, r), alpha (n, 1, 1): a buffer unless adaptive. init: cluster, svd or gaussian, for A_0; align: B_0 is the
-    least-squares fit to W_0, else 0. Raises Fault unless 1 <= rank <= min(d_out, d_in).
+    least-squares fit to W_0, else 0; balance: aligned A_0 and B_0 are scaled to equal norms. W - W_0 has rank up to 2 r: that of B A and of B_0 A_0.
+    Raises Fault unless 1 <= rank <= min(d_out, d_in).
     """
 
     def __init__(self, weight, rank, blocks=1, init="cluster", align=True, adaptive=True, scale=1.0, seed=0, balance=True):
