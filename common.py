@@ -37,7 +37,7 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms import v2
 
-from robustness import TORCHATTACKS, Float32Conv2d, autoattack, batch_mean, draw_curves, eps_curve, evaluate, table, total    # noqa: F401
+from robustness import TORCHATTACKS, Float32Conv2d, batch_mean, draw_curves, evaluate, examine, table, total    # noqa: F401
 
 HERE = pathlib.Path(__file__).resolve().parent
 # torchrun starts WORLD processes of a program: each draws all that is random for all, and computes its share; process 0 prints and writes
@@ -59,9 +59,13 @@ def guard(main):
     except OSError as fault:
         full = fault.errno == errno.ENOSPC
         sentence = f"{'the disk is full' if full else fault.strerror or fault}: {fault.filename or 'while writing'}; nothing half-written was left"
+    except RuntimeError as fault:
+        if "Connection closed by peer" not in str(fault):
+            raise
+        sentence = "another process of torchrun has ended; it says why"
     except KeyboardInterrupt:
         sentence = "interrupted; no half-written file was left"
-    time.sleep(3 if RANK else 0)    # where process 0 has the same fault, torchrun ends this one meanwhile: the sentence is printed once
+    time.sleep(3 if RANK or "another process" in sentence else 0)    # torchrun ends the others meanwhile: a sentence is printed once
     print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
     sys.exit(2)
 
@@ -482,13 +486,8 @@ def prepare(args):
     def measure():
         results = {}
         for name in reversed(targets):    # the training classes come last, and stay
-            (x, y), target = images[name], targets[name]
-            classifier.set_classes(target.classes, target.template)    # again, as training may have changed the text tower
-            eps, norm, size = args.test_eps, args.norm, args.test_batch_size
-            result = evaluate(classifier, x, y, eps, args.step, args.test_steps, 0, size, args.settle, args.restarts, norm)
-            result |= {"autoattack": autoattack(classifier, x, y, eps, norm, args.autoattack, size)} if args.autoattack else {}
-            result |= {"eps_curve": eps_curve(classifier, x, y, eps, norm, 20, size)} if args.eps_curve else {}
-            results = {name: result, **results}
+            classifier.set_classes(targets[name].classes, targets[name].template)    # again, as training may have changed the text tower
+            results = {name: examine(classifier, *images[name], args), **results}
         result = results.pop(args.dataset)
         # H = 4 / (1/bc + 1/ba + 1/nc + 1/na), 0 if one of them is
         h = {"H": statistics.harmonic_mean(r[key] for r in (result, results["new"]) for key in ("clean", "pgd"))} if args.protocol else {}

@@ -233,6 +233,17 @@ def eps_curve(classifier, x, y, eps, norm, steps, batch_size):
         radius += eps / 2
 
 
+def examine(classifier, x, y, args):
+    """`evaluate`, and what else the arguments of a program ask for -> its dict, with "autoattack" and "eps_curve"."""
+    eps, norm, size = args.test_eps, args.norm, args.test_batch_size
+    result = evaluate(classifier, x, y, eps, args.step, args.test_steps, 0, size, args.settle, args.restarts, norm)
+    if args.autoattack:
+        result["autoattack"] = autoattack(classifier, x, y, eps, norm, args.autoattack, size)
+    if args.eps_curve:
+        result["eps_curve"] = eps_curve(classifier, x, y, eps, norm, 20, size)
+    return result
+
+
 def draw_curves(curves, norm):
     """{"before": eps_curve, "after": eps_curve} -> a PNG, bytes. Needs matplotlib."""
     from matplotlib.figure import Figure
