@@ -18,6 +18,11 @@ def test_the_tables_are_what_the_command_prints():
     assert len(shown) >= 2 and all(shown[name] == blocks[name] for name in shown)
 
 
+def test_the_table_of_memory_is_what_the_command_prints():
+    printed = subprocess.run([sys.executable, HERE / "results" / "memory.py"], check=True, capture_output=True, text=True).stdout
+    assert f"<!-- memory -->\n{printed}<!-- end -->" in (HERE / "README.md").read_text()
+
+
 def test_the_table_of_ranks_is_what_the_results_say(monkeypatch):
     monkeypatch.syspath_prepend(HERE / "results")
     pytest.importorskip("matplotlib")
