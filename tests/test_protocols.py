@@ -70,6 +70,15 @@ def test_base_to_new_measures_the_trained_model_on_both_halves(program, unchecke
     assert result["after"]["transfer"]["new"] != result["before"]["transfer"]["new"]
 
 
+@pytest.mark.parametrize("base_pgd, h", [(20.0, 4 / (1 / 60 + 1 / 20 + 1 / 50 + 1 / 10)), (0.0, 0)])
+def test_h_is_the_harmonic_mean_of_clean_and_final_iterate(monkeypatch, base_pgd, h):
+    results = iter([{"clean": 50.0, "pgd": 10.0, "pgd_best": 7.0}, {"clean": 60.0, "pgd": base_pgd, "pgd_best": 7.0}])    # new, then base
+    monkeypatch.setattr(common, "examine", lambda *_: next(results))
+    _, _, measure = common.prepare(common.parse(advmask.parser, ["--protocol", "base-to-new", "--test-limit", "2"]))
+    after = measure()
+    assert after["H"] == pytest.approx(h) and after["clean"] == 60 and after["transfer"]["new"]["clean"] == 50
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_transfer_measures_other_classes_and_leaves_the_training_alone(program, unchecked, embedded, picture_folder, tmp_path, name):
     mine = ("--model", "tiny", "--dataset", "folder", "--data-root", picture_folder(tmp_path / "d", n=8), *SHORT, *TRAINED[name])
