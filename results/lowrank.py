@@ -91,8 +91,8 @@ def main():
         seconds[init] = round(time.time() - start, 1)
     facts = {**{k: metadata[k] for k in ("dataset", "eps", "seed")}, "rank": args.rank, "vit_b_32_seconds": seconds, "rows": rows}
     print(table(facts))
-    print(f"\nmedian rank for 90 %: {statistics.median(r['rank_90'] for r in rows)}; clustering and alignment at rank 8 of all weights of ViT-B/32's shapes: "
-          f"{seconds['cluster']} s, SVD {seconds['svd']} s")
+    print(f"\nmedian rank for 90 %: {statistics.median(r['rank_90'] for r in rows)}; seconds for ViT-B/32's shapes at rank 8: clusters "
+          f"{seconds['cluster']}, SVD {seconds['svd']}")
     common.write(HERE / "lowrank" / f"{metadata['dataset']}.json", (json.dumps(facts) + "\n").encode())
     picture(rows, f"small CLIP, {metadata['dataset']}").savefig(HERE / "lowrank" / f"{metadata['dataset']}.png", dpi=80)
 

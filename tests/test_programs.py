@@ -279,7 +279,8 @@ def test_a_faulty_input_is_one_sentence_and_no_file(program, picture_folder, mon
 def test_another_programs_adapter_is_refused(run, program, tmp_path, files_in):
     name, folder, _ = run
     for other in PROGRAMS.keys() - {name}:
-        assert faulty(program(other, *TINIEST, "--load", adapter_in(folder), "--out", tmp_path / "out"), str(adapter_in(folder)), f"{name!r}, but this run has {other!r}")
+        answer = program(other, *TINIEST, "--load", adapter_in(folder), "--out", tmp_path / "out")
+        assert faulty(answer, str(adapter_in(folder)), f"{name!r}, but this run has {other!r}")
     assert files_in(tmp_path / "out") == []
 
 
