@@ -30,17 +30,21 @@ TABLES = {
     "lora": (("caltech101",), (1,), {
         row: f"advlora.py {VAL} {row.removeprefix('defaults')}" for row in (
             "defaults", "--lr 3e-3", "--rank 4", "--rank 16 --lr 2e-3", "--targets attn", "--targets attn --rank 16", "--targets mlp", "--no-balance",
-            "--towers both", "--clean-weight 0.5", "--full", "--full --lr 3e-5", "--full --lr 1e-4", "--full --lr 1e-3")}),
+            "--steps 300", "--towers both", "--clean-weight 0.5", "--full", "--full --lr 3e-5", "--full --lr 1e-4", "--full --lr 1e-3")}),
     "logit-scale": (("caltech101",), (1,), {
-        f"s = {s}, lambda {lam}": f"advmask.py {VAL} --logit-scale {s} --lam {lam}" for s in (17, 100) for lam in (0, 10, 50, 250)}),
+        f"s = 17, lambda {lam}": f"= choices: {'defaults' if lam == 150 else f'--lam {lam}'}" for lam in (0, 50, 150, 500)} | {
+        f"s = 100, lambda {lam}": f"advmask.py {VAL} --logit-scale 100 --lam {lam}" for lam in (0, 50, 150, 500)}),
     "shots": (BOTH, SEEDS, {"zero-shot": "= zero-shot: eps 3/255"} | {
         f"{method}, {k} shots": f"{script} --shots {k} {LIMIT}" if k < 16 else f"= main: {method}"
         for method, script in METHODS.items() for k in (1, 2, 4, 8, 16)}),
     "modules": (BOTH, SEEDS, {
-        "MHSA": "= main: AdvMask", "MLP": f"advmask.py --layers mlp {LIMIT}", "both": f"advmask.py --layers both {LIMIT}"}),
+        "MHSA": "= main: AdvMask", "MLP": f"advmask.py --layers mlp {LIMIT}", "both": f"advmask.py --layers both {LIMIT}",
+        "AdvLoRA, attention": f"advlora.py --targets attn {LIMIT}", "AdvLoRA, MLP": f"advlora.py --targets mlp {LIMIT}",
+        "AdvLoRA, both": "= main: AdvLoRA"}),
     "loss": (BOTH, SEEDS, {
-        "CE": f"advmask.py --loss ce {LIMIT}", "CE + JS": f"advmask.py --loss js {LIMIT}", "CE + KL": f"advmask.py --loss kl {LIMIT}",
-        "CE + LAFA unweighted": f"advmask.py --loss align {LIMIT}", "CE + LAFA": "= main: AdvMask"}),
+        "CE": f"advmask.py --loss ce {LIMIT}", "CE + JS": f"advmask.py --loss js {LIMIT}", "CE + KL": f"advmask.py --loss kl --lam 12 {LIMIT}",    # as strong a pull as LAFA's: notebook 3
+        "CE + LAFA unweighted": f"advmask.py --loss align {LIMIT}", "CE + LAFA": "= main: AdvMask",
+        "AdvLoRA, CE": "= main: AdvLoRA", "AdvLoRA, CE + CE of clean images / 2": f"advlora.py --clean-weight 0.5 {LIMIT}"}),
     "base-to-new": (BOTH, SEEDS, {
         row: f"{command} --protocol base-to-new {LIMIT}" for row, command in {"zero-shot": MASKS_OF_ONES, **METHODS}.items()}),
     "transfer": (("tiny_imagenet",), SEEDS, {
