@@ -221,14 +221,16 @@ def autoattack(classifier, x, y, eps, norm, n, batch_size):
 
 
 def eps_curve(classifier, x, y, eps, norm, steps, batch_size):
-    """Robust accuracy (best iterate) at 0, eps/2, eps, 3 eps/2, ... until it is 0 -> [[eps, %], ...]. What a ball breaks, a larger one breaks too."""
+    """Robust accuracy (best iterate) at 0, eps/2, eps, ... until it is 0, or the ball holds every image -> [[eps, %], ...]. What a ball breaks,
+    a larger one breaks too."""
     rows, index, curve, radius = torch.arange(len(y)), torch.arange(len(y)), [], 0.0
+    everything = 1 if norm == "linf" else math.sqrt(x[0].numel())    # a ball of this radius holds every image
     while True:
         # the start is at the centre for eps = 0, so this is clean accuracy; steps reach the surface 2.5 times over
         right, _ = attack(classifier, x, y, radius, 2.5 * radius / steps, steps if radius else 0, rows, index, norm, batch_size=batch_size)
         rows = rows[right[3]]
         curve.append([radius, 100 * len(rows) / len(y)])
-        if not len(rows) or radius > 1e3 * eps or not eps:
+        if not len(rows) or radius > everything or not eps:
             return curve
         radius += eps / 2
 

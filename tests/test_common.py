@@ -226,7 +226,8 @@ def test_classifier_is_scaled_cosine_of_normalised_pixels(tiny, embedded, images
     mean, std = (torch.tensor(cfg[k]).reshape(1, 3, 1, 1) for k in ("mean", "std"))
     tokenizer = open_clip.SimpleTokenizer(context_length=config["model_cfg"]["text_cfg"]["context_length"])
     tokens = tokenizer([f"a photo of a {c}." for c in embedded.classes])
-    z, t = clip.encode_image((x - mean) / std), clip.encode_text(tokens)
+    untouched, _ = common.load_clip("tiny")    # batch first, as open_clip made it
+    z, t = untouched.encode_image((x - mean) / std), untouched.encode_text(tokens)
     expected = clip.logit_scale.exp() * torch.cosine_similarity(z[:, None], t[None], dim=-1)
     torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)
     scaled = common.Classifier(clip, config, embedded.classes, "a photo of a {}.", scale=100.0)(x)

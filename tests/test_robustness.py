@@ -338,6 +338,15 @@ def test_the_eps_curve_falls_from_clean_to_zero_through_the_closed_form(linear, 
         assert radius == pytest.approx(i * eps / 2) and accuracy == pytest.approx(share(linear.margin - radius * slope > 0), abs=2.6)
 
 
+@pytest.mark.parametrize("norm, whole", [("linf", 1), ("l2", (3 * 4 * 4) ** 0.5)])
+def test_the_eps_curve_of_what_cannot_be_broken_ends_when_the_ball_holds_every_image(norm, whole):
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 4 * 4, 2))
+    net[1].weight.data.zero_()
+    net[1].bias.data.copy_(torch.tensor([1.0, 0.0]))
+    curve = robustness.eps_curve(net.eval(), torch.rand(2, 3, 4, 4), torch.zeros(2, dtype=torch.long), 0.5, norm, 2, 2)
+    assert [radius for radius, _ in curve] == [0.25 * i for i in range(int(4 * whole) + 2)] and {accuracy for _, accuracy in curve} == {100}
+
+
 @pytest.mark.skipif(not importlib.util.find_spec("torchattacks"), reason=robustness.TORCHATTACKS)
 def test_pgd_agrees_with_torchattacks_on_the_small_clip(small):
     import torchattacks
