@@ -42,7 +42,8 @@ TABLES = {
         "AdvLoRA, attention": f"advlora.py --targets attn {LIMIT}", "AdvLoRA, MLP": f"advlora.py --targets mlp {LIMIT}",
         "AdvLoRA, both": "= main: AdvLoRA"}),
     "loss": (BOTH, SEEDS, {
-        "CE": f"advmask.py --loss ce {LIMIT}", "CE + JS": f"advmask.py --loss js {LIMIT}", "CE + KL": f"advmask.py --loss kl --lam 12 {LIMIT}",    # as strong a pull as LAFA's: notebook 3
+        "CE": f"advmask.py --loss ce {LIMIT}", "CE + JS": f"advmask.py --loss js {LIMIT}",
+        "CE + KL": f"advmask.py --loss kl --lam 12 {LIMIT}",    # 12 of KL pulls as strongly as 150 of LAFA: notebook 3
         "CE + LAFA unweighted": f"advmask.py --loss align {LIMIT}", "CE + LAFA": "= main: AdvMask",
         "AdvLoRA, CE": "= main: AdvLoRA", "AdvLoRA, CE + CE of clean images / 2": f"advlora.py --clean-weight 0.5 {LIMIT}"}),
     "base-to-new": (BOTH, SEEDS, {
