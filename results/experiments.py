@@ -26,7 +26,7 @@ TABLES = {
     "choices": (("caltech101",), (1,), {
         row: f"advmask.py {VAL} {row.removeprefix('defaults')}" for row in (
             "defaults", "--lam 0", "--lam 50", "--lam 500", "--budget 0.75", "--budget 3", "--steps 300 --budget 3", "--optimizer adam --budget 1.5",
-            "--layers mlp", "--layers both", "--features mean", "--raw --lam 0.5", "--attached", "--augment none")}),
+            "--layers mlp", "--layers both", "--features mean", "--raw --lam 0.5", "--attached", "--augment none", "--batch-size 64")}),
     "lora": (("caltech101",), (1,), {
         row: f"advlora.py {VAL} {row.removeprefix('defaults')}" for row in (
             "defaults", "--lr 3e-3", "--rank 4", "--rank 16 --lr 2e-3", "--targets attn", "--targets attn --rank 16", "--targets mlp", "--no-balance",
