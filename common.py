@@ -439,7 +439,7 @@ class Classifier(nn.Module):
         self.clip, self.config, self.dtype = clip, config, getattr(torch, dtype)
         self.size = int(np.max(clip.visual.preprocess_cfg["size"]))    # a number, or the same number twice
         clip.visual.conv1.__class__ = Float32Conv2d
-        tower = clip.visual.transformer    # tokens first: attention would transpose (b, tokens, d), and on such a view CPUs are up to 5 times slower
+        tower = clip.visual.transformer    # tokens first: attention would transpose (b, tokens, d), which is slow on CPUs: tests/benchmarks/layout.py
         for part in [tower, *(block.attn for block in tower.resblocks)] if isinstance(tower.resblocks[0].attn, nn.MultiheadAttention) else []:
             part.batch_first = False
         for key in ("mean", "std"):
