@@ -23,7 +23,7 @@ TABLES = {
         "plain LoRA": f"advlora.py {PLAIN} {LIMIT}", "AdvLoRA, SVD start": f"advlora.py --init svd {LIMIT}",
         "AdvLoRA, not aligned": f"advlora.py --no-align {LIMIT}", "AdvLoRA, not adaptive": f"advlora.py --no-adaptive {LIMIT}"}),
     "zero-shot": (BOTH, (1,), {f"eps {k}/255": f"{MASKS_OF_ONES} --eps {k}/255" for k in (1, 2, 3)}),
-    "choices": (("caltech101",), (1,), {
+    "choices": (("caltech101",), SEEDS, {
         row: f"advmask.py {VAL} {row.removeprefix('defaults')}" for row in (
             "defaults", "--lam 0", "--lam 50", "--lam 500", "--budget 0.75", "--budget 3", "--steps 300 --budget 3", "--optimizer adam --budget 1.5",
             "--layers mlp", "--layers both", "--features mean", "--raw --lam 0.5", "--attached", "--augment none", "--batch-size 64")}),
