@@ -33,7 +33,7 @@ TABLES = {
             "--steps 300", "--towers both", "--clean-weight 0.5", "--full", "--full --lr 3e-5", "--full --lr 1e-4", "--full --lr 1e-3")}),
     "logit-scale": (("caltech101",), (1,), {
         f"s = 17, lambda {lam}": f"= choices: {'defaults' if lam == 150 else f'--lam {lam}'}" for lam in (0, 50, 150, 500)} | {
-        f"s = 100, lambda {lam}": f"advmask.py {VAL} --logit-scale 100 --lam {lam}" for lam in (0, 50, 150, 500)}),
+        f"s = 100, lambda {lam}": f"advmask.py {VAL} --logit-scale 100 --lam {lam}" for lam in (0, 50, 150, 500, 1500)}),
     "shots": (BOTH, SEEDS, {"zero-shot": "= zero-shot: eps 3/255"} | {
         f"{method}, {k} shots": f"{script} --shots {k} {LIMIT}" if k < 16 else f"= main: {method}"
         for method, script in METHODS.items() for k in (1, 2, 4, 8, 16)}),
