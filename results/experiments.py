@@ -17,7 +17,8 @@ MASKS_OF_ONES, PLAIN = "advmask.py --steps 1 --lr 0", "--init gaussian --no-alig
 # table -> (datasets, seeds, {row: script and arguments}); "= TABLE: ROW" is that run, not run again; a row "zero-shot" is the same for every seed
 TABLES = {
     "main": (BOTH, SEEDS, {
-        "AdvMask": "advmask.py", "AdvMask, longer": "advmask.py --epochs 6 --budget 3", "AdvLoRA": "advlora.py", "full fine-tuning": "advlora.py --full"}),
+        "AdvMask": "advmask.py", "AdvMask, longer": "advmask.py --epochs 6 --budget 3", "AdvLoRA": "advlora.py",
+        "full fine-tuning": "advlora.py --full"}),
     "controls": (BOTH, SEEDS, {
         "zero-shot": "= zero-shot: eps 3/255", "full fine-tuning": "= main: full fine-tuning", "AdvLoRA": "= main: AdvLoRA",
         "plain LoRA": f"advlora.py {PLAIN} {LIMIT}", "AdvLoRA, SVD start": f"advlora.py --init svd {LIMIT}",
