@@ -230,6 +230,7 @@ def test_classifier_is_scaled_cosine_of_normalised_pixels(tiny, embedded, images
     z, t = untouched.encode_image((x - mean) / std), untouched.encode_text(tokens)
     expected = clip.logit_scale.exp() * torch.cosine_similarity(z[:, None], t[None], dim=-1)
     torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)
+    assert untouched.visual.transformer.batch_first and not any(getattr(part, "batch_first", False) for part in clip.visual.modules())
     scaled = common.Classifier(clip, config, embedded.classes, "a photo of a {}.", scale=100.0)(x)
     torch.testing.assert_close(scaled, 100 * expected / clip.logit_scale.exp(), rtol=1e-4, atol=1e-3)
     assert not net.training and not any(p.requires_grad for p in net.parameters())
