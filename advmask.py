@@ -41,12 +41,12 @@ add("--raw", action="store_true", help="do not scale features to unit length bef
 add("--attached", action="store_true", help="let gradients flow through the clean features as well (our choice: detached)")
 add("--train-attack-steps", type=common.at_least(1), default=2, help="PGD steps while training")
 add("--train-step", type=common.fraction, help="PGD step while training; default eps, as published")
-add("--epochs", type=common.at_least(1), default=4, help="training length (our choice) ...")
+add("--epochs", type=common.at_least(1), default=6, help="training length (our choice) ...")
 add("--min-steps", type=common.at_least(1), default=100, help="... but at least so many steps, so that few shots train too (our choice)")
 add("--steps", type=common.at_least(1), help="training steps; overrides --epochs and --min-steps")
 add("--optimizer", default="sgd", choices=["sgd", "adam"], help="sgd: gradients scaled to unit root mean square, momentum 0.9 (our choice)")
-add("--budget", type=common.at_least(0, float), default=1.5, help="flip budget, which sets the rate: how many times over an entry whose gradient"
-    " is always of average size and one sign would go from init to alpha (our choice)")
+add("--budget", type=common.at_least(0, float), help="flip budget, which sets the rate: how many times over an entry whose gradient is always"
+    " of average size and one sign would go from init to alpha; default 1.5, and from 150 steps on steps / 100 (our choice)")
 add("--lr", type=common.at_least(0, float), help="first rate, decayed by a cosine; overrides --budget")
 
 
@@ -228,6 +228,7 @@ def main():
     if not args.load:
         steps = args.steps = args.steps or max(args.min_steps, args.epochs * math.ceil(len(train) / args.batch_size))
         cosine = [0.5 * (1 + math.cos(math.pi * t / steps)) for t in range(steps)]
+        args.budget = max(1.5, steps / 100) if args.budget is None else args.budget
         # a step moves an average entry by at most lr, so sum_t lr_t / (init - alpha) is how many times over it could cross the threshold
         lr = args.lr = args.lr if args.lr is not None else args.budget * (args.init - args.threshold) / sum(cosine)
         M = [mask.M for mask in masks.values()]

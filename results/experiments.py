@@ -17,8 +17,8 @@ MASKS_OF_ONES, PLAIN = "advmask.py --steps 1 --lr 0", "--init gaussian --no-alig
 # table -> (datasets, seeds, {row: script and arguments}); "= TABLE: ROW" is that run, not run again; a row "zero-shot" is the same for every seed
 TABLES = {
     "main": (BOTH, SEEDS, {
-        "AdvMask": "advmask.py", "AdvMask, longer": "advmask.py --epochs 6 --budget 3", "AdvLoRA": "advlora.py",
-        "full fine-tuning": "advlora.py --full"}),
+        "AdvMask": "advmask.py", "AdvLoRA": "advlora.py", "full fine-tuning": "advlora.py --full"}),
+    "steps": (("caltech101",), SEEDS, {"AdvMask, 200 steps": "advmask.py --steps 200 --budget 1.5"}),
     "controls": (BOTH, SEEDS, {
         "zero-shot": "= zero-shot: eps 3/255", "full fine-tuning": "= main: full fine-tuning", "AdvLoRA": "= main: AdvLoRA",
         "plain LoRA": f"advlora.py {PLAIN} {LIMIT}", "AdvLoRA, SVD start": f"advlora.py --init svd {LIMIT}",
@@ -26,8 +26,13 @@ TABLES = {
     "zero-shot": (BOTH, (1,), {f"eps {k}/255": f"{MASKS_OF_ONES} --eps {k}/255" for k in (1, 2, 3)}),
     "choices": (("caltech101",), SEEDS, {
         row: f"advmask.py {VAL} {row.removeprefix('defaults')}" for row in (
-            "defaults", "--lam 0", "--lam 50", "--lam 500", "--budget 0.75", "--budget 3", "--steps 300 --budget 3", "--optimizer adam --budget 1.5",
-            "--layers mlp", "--layers both", "--features mean", "--raw --lam 0.5", "--attached", "--augment none", "--batch-size 64")}),
+            "defaults", "--lam 0", "--lam 50", "--lam 500", "--budget 0.75", "--budget 3", "--steps 300 --budget 3", "--steps 600 --budget 3",
+            "--steps 600 --budget 6", "--optimizer adam --budget 1.5", "--layers mlp", "--layers both", "--features mean", "--raw --lam 0.5",
+            "--attached", "--augment none", "--batch-size 64")}),
+    "choices-embedded": (("embedded",), SEEDS, {
+        row: f"advmask.py --split val --test-steps 20 {row.removeprefix('defaults')}" for row in (
+            "defaults", "--lam 0", "--lam 50", "--lam 500", "--budget 0.75", "--budget 3", "--steps 300 --budget 3", "--layers mlp", "--layers both",
+            "--features mean", "--raw --lam 0.5", "--attached", "--augment none")}),
     "lora": (("caltech101",), (1,), {
         row: f"advlora.py {VAL} {row.removeprefix('defaults')}" for row in (
             "defaults", "--lr 3e-3", "--rank 4", "--rank 16 --lr 2e-3", "--targets attn", "--targets attn --rank 16", "--targets mlp", "--no-balance",

@@ -168,6 +168,16 @@ def test_a_run_in_which_nothing_flips_says_so(program, tmp_path):
     assert result["after"]["outcomes"] == result["before"]["outcomes"]
 
 
+@pytest.mark.parametrize("arguments, steps, budget", [((), 100, 1.5), (("--batch-size", 5), 192, 1.92), (("--steps", 150), 150, 1.5),
+                                                     (("--steps", 300), 300, 3), (("--steps", 300, "--budget", 1), 300, 1)])
+def test_length_and_flip_budget_set_the_rate(program, monkeypatch, tmp_path, arguments, steps, budget):
+    monkeypatch.setattr(common, "batches", lambda *_: iter(()))     # the rate is fixed before the first of the batches
+    assert program("advmask", *TINIEST[4:], *arguments, "--after-only", "--out", tmp_path).code == 0
+    result = result_in(tmp_path)
+    way = result["lr"] * (steps + 1) / 2                            # of an entry that moves by the rate in each step of the cosine
+    assert (result["steps"], result["budget"], way) == (steps, pytest.approx(budget), pytest.approx(budget * 5e-3))
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_help_explains_every_argument(program, name):
     answer = program(name, "--help")
