@@ -207,6 +207,7 @@ def main():
         args.rank, args.no_adaptive, args.full = int(args.rank), metadata["no_adaptive"] == "True", metadata["full"] == "True"
     if args.full and args.towers == "both":
         raise common.Fault("--full trains the image tower; leave out --towers both")
+    # classifier: CLIP, frozen, in eval mode, pixels -> logits; train: the few-shot images; measure(): accuracies of what clip has become by then
     classifier, train, measure = common.prepare(args)
     clip = classifier.clip
     if not args.full and args.rank > (width := clip.visual.transformer.width):    # before the zero-shot evaluation, not after it
@@ -259,13 +260,13 @@ def main():
                 clean = F.cross_entropy(classifier(x), y) if args.clean_weight else torch.zeros((), device=args.device)
                 optimizer.zero_grad()
                 (share * (ce + args.clean_weight * clean)).backward()
-            common.total(*(p.grad for p in parameters))      # over the processes, each with its share of the batch
+            common.total(*(p.grad for p in parameters))      # sums in place over the processes, each with its share of the batch
             optimizer.step()
             if (t + 1) % 50 == 0 or t + 1 == steps:
                 common.total(log := share * torch.stack([ce, clean, 100 * (logits_adv.argmax(1) == y).float().mean()]).detach())
                 a = [a for lora in loras.values() for a in lora.alpha.flatten().tolist()]
                 scales = f"a {min(a):.2f} to {max(a):.2f}" if loras else "all weights"
-                print(f"step {t + 1}/{steps}  ce {log[0]:.3f}  clean term {log[1]:.3f}  train adv acc {log[2]:.0f} %  "
+                print(f"step {t + 1}/{steps}  ce {log[0]:.3f}  clean term {log[1]:.3f}  adv acc of the batch {log[2]:.0f} %  "
                       f"{scales}  {time.time() - training:.0f} s", flush=True)
         common.save_adapter(folder / "adapter.safetensors", state, common.describe(args, "advlora"))
     training = time.time() - training

@@ -76,6 +76,10 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise Fault(f"{message} (--help lists the arguments)")
 
+    def add_argument(self, *names, **keywords):
+        shown = keywords.get("default") and names[0] != "-h" and "default" not in keywords["help"]
+        return super().add_argument(*names, **keywords | ({"help": keywords["help"] + " (default: %(default)s)"} if shown else {}))
+
 
 def fraction(text):
     """'1/255' or '0.004' -> float >= 0."""
@@ -323,7 +327,6 @@ def download_images(source, root, download=True):
 
 def few_shot(train, val, k, seed):
     """CoOp's k-shot draw -> (k items per class of train, min(k, 4) per class of val); a class with fewer gives all it has.
-
     Equal to the published index files, order included: one generator, classes in order of first appearance, train before val.
     """
     generator, drawn = random.Random(seed), []
@@ -370,8 +373,7 @@ def test_set(items, size):
 def test_split(data, args, size):
     """The images that --split and --test-limit choose, as test_set gives them."""
     items = data.test if args.split == "test" else data.val
-    if args.test_limit:
-        items = random.Random(0).sample(items, min(args.test_limit, len(items)))
+    items = random.Random(0).sample(items, min(args.test_limit, len(items))) if args.test_limit else items
     return test_set(items, size)
 
 
@@ -401,8 +403,7 @@ def load_clip(model, pretrained="openai", device="cpu"):
         config = json.loads((HERE / "tiny" / "open_clip_config.json").read_text())
         state = {k: v.float() for k, v in safetensors.torch.load_file(HERE / "tiny" / "weights.safetensors").items()}
         rows, clip = state.pop("token_embedding.rows").long(), open_clip.CLIP(**config["model_cfg"])
-        embedding = torch.zeros_like(clip.token_embedding.weight)
-        state["token_embedding.weight"] = embedding.index_copy(0, rows, state["token_embedding.weight"])
+        state["token_embedding.weight"] = torch.zeros_like(clip.token_embedding.weight).index_copy(0, rows, state["token_embedding.weight"])
         clip.load_state_dict(state)
         open_clip.model.set_model_preprocess_cfg(clip, {"size": config["model_cfg"]["vision_cfg"]["image_size"], **config["preprocess_cfg"]})
     else:
@@ -540,8 +541,7 @@ def load_adapter(path, method, args, needs=()):
         raise Fault(f"adapter {path} does not exist; expected an adapter.safetensors or the folder of a run")
     except Exception as fault:    # safetensors has one error class for every broken header
         raise Fault(f"adapter {path} cannot be read ({fault})")
-    missing = {"method", "model", "pretrained", *(needs if metadata.get("method") == method else ())} - set(metadata)
-    if missing:
+    if missing := {"method", "model", "pretrained", *(needs if metadata.get("method") == method else ())} - set(metadata):
         raise Fault(f"adapter {path} does not say its {', '.join(sorted(missing))}; expected a file that this program saved")
     for key, expected in (("method", method), ("model", args.model), ("pretrained", args.pretrained)):
         if metadata.get(key) != expected:

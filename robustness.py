@@ -264,7 +264,7 @@ def table(rows, steps):
     rows = [(name + on, r) for name, result in rows if result
             for on, r in {"": result, **{f" on {k}": r for k, r in result.get("transfer", {}).items()}}.items()]
     width = max(12, *(len(name) for name, _ in rows))
-    print(f"\n{'':{width}} | {'clean':>6} | {f'PGD-{steps}':>8} | {f'PGD-{steps} best':>12}")
+    print(f"\n{'':{width}} | {'clean':>6} | {f'PGD-{steps}':>8} | {'best iterate':>12}")
     for name, r in rows:
         print(f"{name:{width}} | {r['clean']:6.2f} | {r['pgd']:8.2f} | {r['pgd_best']:12.2f}")
     for name, r in rows:

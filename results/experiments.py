@@ -18,7 +18,7 @@ MASKS_OF_ONES, PLAIN = "advmask.py --steps 1 --lr 0", "--init gaussian --no-alig
 TABLES = {
     "main": (BOTH, SEEDS, {
         "AdvMask": "advmask.py", "AdvLoRA": "advlora.py", "full fine-tuning": "advlora.py --full"}),
-    "steps": (("caltech101",), SEEDS, {"AdvMask, 200 steps": "advmask.py --steps 200 --budget 1.5"}),
+    "steps": (("caltech101",), SEEDS, {"AdvMask, 200 steps, budget 1.5": "advmask.py --steps 200 --budget 1.5"}),
     "controls": (BOTH, SEEDS, {
         "zero-shot": "= zero-shot: eps 3/255", "full fine-tuning": "= main: full fine-tuning", "AdvLoRA": "= main: AdvLoRA",
         "plain LoRA": f"advlora.py {PLAIN} {LIMIT}", "AdvLoRA, SVD start": f"advlora.py --init svd {LIMIT}",
@@ -95,7 +95,7 @@ def refuse(sentence):
 def read(table, files):
     """The results that are there of one row's files: runs that differ in nothing but the seed, or else one sentence and exit code 2."""
     found = [json.loads(file.read_text()) for file in files if file.exists()]
-    arguments = [{k: r[k] for k in list(r)[:list(r).index("versions")] if k not in ("seed", "no_download")} for r in found]
+    arguments = [{k: r[k] for k in list(r)[:list(r).index("versions")] if k not in ("seed", "no_download", "epochs", "min_steps")} for r in found]
     if differ := sorted({k for a in arguments for k in a if a[k] != arguments[0].get(k, a[k])}):
         refuse(f"no mean over the seeds of {next(iter(files))}: they differ in {', '.join(differ)}; delete and run again what is out of date")
     for r in found:

@@ -169,7 +169,7 @@ def test_a_run_in_which_nothing_flips_says_so(program, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, steps, budget", [((), 100, 1.5), (("--batch-size", 5), 192, 1.92), (("--steps", 150), 150, 1.5),
-                                                     (("--steps", 300), 300, 3), (("--steps", 300, "--budget", 1), 300, 1)])
+                                                     (("--steps", 600), 600, 3), (("--steps", 300, "--budget", 1), 300, 1)])
 def test_length_and_flip_budget_set_the_rate(program, monkeypatch, tmp_path, arguments, steps, budget):
     monkeypatch.setattr(common, "batches", lambda *_: iter(()))     # the rate is fixed before the first of the batches
     assert program("advmask", *TINIEST[4:], *arguments, "--after-only", "--out", tmp_path).code == 0
@@ -185,6 +185,7 @@ def test_help_explains_every_argument(program, name):
     assert answer.code == 0 and {"--dataset", "--eps", "--load", "--export", "--out"} <= set(options)
     parser = sys.modules[name].parser
     assert [a.dest for a in parser._actions if not a.help] == []
+    assert [a.dest for a in parser._actions if a.default and a.dest != "help" and "default" not in a.help] == []
 
 
 # ---------------------------------------------------------------------------------------------------------------------- faults of the input

@@ -12,8 +12,7 @@ import tempfile
 
 HERE = pathlib.Path(__file__).resolve().parent.parent.parent
 RUNS = {"full fine-tuning": ["advlora.py", "--full"], "AdvLoRA": ["advlora.py"],
-        "plain LoRA": ["advlora.py", "--init", "gaussian", "--no-align", "--no-adaptive"], "AdvMask": ["advmask.py"],
-        "AdvMask, CE alone": ["advmask.py", "--loss", "ce"]}
+        "plain LoRA": ["advlora.py", "--init", "gaussian", "--no-align", "--no-adaptive"], "AdvMask": ["advmask.py"]}
 FIXED = ["--steps", "20", "--test-steps", "1", "--test-limit", "1", "--after-only"]
 
 if __name__ == "__main__":
