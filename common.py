@@ -105,7 +105,7 @@ def add_arguments(parser):
     add = parser.add_argument
     add("--dataset", default="embedded", choices=["embedded", "folder", *DATASETS], help="embedded: tiny/fashion.npz; folder: your own images")
     add("--data-root", type=pathlib.Path, default=pathlib.Path("data"), help="folder of the datasets (CoOp's layout), or of your classes")
-    add("--no-download", action="store_true", help="never download images or splits; say where they are to be had instead")
+    add("--download", action=argparse.BooleanOptionalAction, default=True, help="download missing images and splits, or say where they are to be had")
     add("--shots", type=at_least(1), default=16, help="training images per class")
     add("--classes", choices=["all", "base", "new"], help="all classes (default), or CoOp's first or second half")
     add("--protocol", choices=["base-to-new"], help="base-to-new: train on the first half of the classes, evaluate on each half")
@@ -469,10 +469,10 @@ def prepare(args):
     classes that are trained, and on those that --protocol and --transfer add, the result's "transfer": {name: result}."""
     if RANK:    # process 0 loads first, and downloads
         torch.distributed.barrier()
-    data = load_dataset(args.dataset, args.data_root, not args.no_download)
+    data = load_dataset(args.dataset, args.data_root, args.download)
     data = data._replace(train=few_shot(data.train, data.val, args.shots, args.seed)[0])    # drawn on all classes, then halved, as in CoOp
     targets = {args.dataset: half(data, args.classes), **({"new": half(data, "new")} if args.protocol else {}),
-               **{name: load_dataset(name, args.data_root, not args.no_download) for name in args.transfer}}
+               **{name: load_dataset(name, args.data_root, args.download) for name in args.transfer}}
     if min(len(target.classes) for target in targets.values()) < 2:
         raise Fault(f"{args.dataset} has {len(data.classes)} classes, too few to halve; expected at least 4, so that each half has 2 to tell apart")
     data = targets[args.dataset]

@@ -28,7 +28,7 @@ TABLES = {
         row: f"advmask.py {VAL} {row.removeprefix('defaults')}" for row in (
             "defaults", "--lam 0", "--lam 50", "--lam 500", "--budget 0.75", "--budget 3", "--steps 300 --budget 3", "--steps 600 --budget 3",
             "--steps 600 --budget 6", "--optimizer adam --budget 1.5", "--layers mlp", "--layers both", "--features mean", "--raw --lam 0.5",
-            "--attached", "--augment none", "--batch-size 64")}),
+            "--attached", "--augment none", "--steps 300 --budget 3 --augment none", "--batch-size 64")}),
     "choices-embedded": (("embedded",), SEEDS, {
         row: f"advmask.py --split val --test-steps 20 {row.removeprefix('defaults')}" for row in (
             "defaults", "--lam 0", "--lam 50", "--lam 500", "--budget 0.75", "--budget 3", "--steps 300 --budget 3", "--layers mlp", "--layers both",
@@ -36,7 +36,8 @@ TABLES = {
     "lora": (("caltech101",), (1,), {
         row: f"advlora.py {VAL} {row.removeprefix('defaults')}" for row in (
             "defaults", "--lr 3e-3", "--rank 4", "--rank 16 --lr 2e-3", "--targets attn", "--targets attn --rank 16", "--targets mlp", "--no-balance",
-            "--steps 300", "--towers both", "--clean-weight 0.5", "--full", "--full --lr 3e-5", "--full --lr 1e-4", "--full --lr 1e-3")}),
+            "--steps 300", "--towers both", "--clean-weight 0.5", "--augment none", "--full", "--full --lr 3e-5", "--full --lr 1e-4",
+            "--full --lr 1e-3", "--full --augment none")}),
     "logit-scale": (("caltech101",), (1,), {
         f"s = 17, lambda {lam}": f"= choices: {'defaults' if lam == 150 else f'--lam {lam}'}" for lam in (0, 50, 150, 500)} | {
         f"s = 100, lambda {lam}": f"advmask.py {VAL} --logit-scale 100 --lam {lam}" for lam in (0, 50, 150, 500, 1500)}),
@@ -95,7 +96,8 @@ def refuse(sentence):
 def read(table, files):
     """The results that are there of one row's files: runs that differ in nothing but the seed, or else one sentence and exit code 2."""
     found = [json.loads(file.read_text()) for file in files if file.exists()]
-    arguments = [{k: r[k] for k in list(r)[:list(r).index("versions")] if k not in ("seed", "no_download", "epochs", "min_steps")} for r in found]
+    may_differ = ("seed", "download", "no_download", "epochs", "min_steps")    # the last two make "steps", which is compared
+    arguments = [{k: r[k] for k in list(r)[:list(r).index("versions")] if k not in may_differ} for r in found]
     if differ := sorted({k for a in arguments for k in a if a[k] != arguments[0].get(k, a[k])}):
         refuse(f"no mean over the seeds of {next(iter(files))}: they differ in {', '.join(differ)}; delete and run again what is out of date")
     for r in found:
