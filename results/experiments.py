@@ -96,8 +96,9 @@ def refuse(sentence):
 def read(table, files):
     """The results that are there of one row's files: runs that differ in nothing but the seed, or else one sentence and exit code 2."""
     found = [json.loads(file.read_text()) for file in files if file.exists()]
-    may_differ = ("seed", "download", "no_download", "epochs", "min_steps")    # the last two make "steps", which is compared
-    arguments = [{k: r[k] for k in list(r)[:list(r).index("versions")] if k not in may_differ} for r in found]
+    may_differ = ("seed", "download", "no_download"), ("epochs", "min_steps")    # the last two where they only made "steps", which is compared
+    arguments = [{k: r[k] for k in list(r)[:list(r).index("versions")] if k not in may_differ[0] + (may_differ[1] if r.get("steps") else ())}
+                 for r in found]
     if differ := sorted({k for a in arguments for k in a if a[k] != arguments[0].get(k, a[k])}):
         refuse(f"no mean over the seeds of {next(iter(files))}: they differ in {', '.join(differ)}; delete and run again what is out of date")
     for r in found:

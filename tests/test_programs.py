@@ -287,6 +287,15 @@ def test_a_faulty_input_is_one_sentence_and_no_file(program, picture_folder, mon
     assert files_in(tmp_path / "out") == [] and not trained, "a fault of the input is known before the training"
 
 
+@pytest.mark.parametrize("flag, asked", [((), True), (("--download",), True), (("--no-download",), False)])
+def test_images_are_downloaded_unless_that_is_refused(program, monkeypatch, tmp_path, flag, asked):
+    calls = []
+    monkeypatch.setattr(common.torchvision.datasets, "Caltech101", lambda *_, **keywords: calls.append(keywords))
+    (tmp_path / "data").mkdir()
+    assert faulty(program("advmask", "--dataset", "caltech101", "--model", "tiny", *flag), "101_ObjectCategories")
+    assert calls == asked * [{"download": True}]
+
+
 def test_another_programs_adapter_is_refused(run, program, tmp_path, files_in):
     name, folder, _ = run
     for other in PROGRAMS.keys() - {name}:

@@ -320,11 +320,15 @@ def test_the_tables_of_several_test_sets_have_a_column_for_each(sweep, tmp_path)
     assert header[5:9] == ["caltech101 clean", "caltech101 PGD", "embedded clean", "embedded PGD"] and row[5:9] == ["100.0", "50.0", "100.0", "25.0"]
 
 
-def test_runs_of_different_arguments_have_no_mean(sweep, tmp_path):
-    for seed, lam in ((1, 50), (2, 150)):
-        plant(tmp_path, f"main/embedded~AdvMask~{seed}.json", "7777", seed=seed, lam=lam)
+@pytest.mark.parametrize("differ, refused", [
+    ({"lam": (50, 150)}, "lam"), ({"epochs": (4, 6)}, "epochs"), ({"epochs": (4, 6), "steps": (None, None)}, "epochs"),
+    ({"epochs": (4, 6), "steps": (100, 200)}, "steps"), ({"epochs": (4, 6), "steps": (100, 100)}, "")])
+def test_runs_of_different_arguments_have_no_mean(sweep, tmp_path, differ, refused):
+    for i in (0, 1):
+        plant(tmp_path, f"main/embedded~AdvMask~{i + 1}.json", "7777", seed=i + 1, **{key: values[i] for key, values in differ.items()})
     answer = sweep("main", "--table")
-    assert answer.returncode == 2 and answer.stderr.count("\n") == 1 and "lam" in answer.stderr and "embedded~AdvMask" in answer.stderr
+    assert answer.returncode == (2 if refused else 0)
+    assert not refused or answer.stderr.count("\n") == 1 and f"differ in {refused};" in answer.stderr and "embedded~AdvMask" in answer.stderr
 
 
 def test_an_unknown_table_is_one_sentence(sweep):
