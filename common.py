@@ -111,7 +111,7 @@ def add_arguments(parser):
     add("--protocol", choices=["base-to-new"], help="base-to-new: train on the first half of the classes, evaluate on each half")
     add("--transfer", nargs="+", default=[], choices=["embedded", *DATASETS], metavar="NAME", help="evaluate on these datasets as well, untrained")
     add("--model", help="tiny, an open_clip name, or local-dir:DIR; default: tiny for the embedded data, else ViT-B-32-quickgelu")
-    add("--pretrained", default="openai", help="open_clip tag, a checkpoint file, or none for random weights (not used by tiny)")
+    add("--pretrained", default="openai", help="open_clip tag, none for random weights, or a checkpoint file (OpenAI's wants a -quickgelu model)")
     add("--eps", type=fraction, help=f"l_inf radius, of pixels in [0, 1]; default 1/255, {round(255 * TINY_EPS)}/255 for the small CLIP (our choice)")
     add("--step", type=fraction, help="step of the test attack; default 1/255, and 2.5 radii over all steps in an l2 ball")
     add("--test-steps", type=at_least(1), default=100, help="steps of the test attack, PGD-N")

@@ -50,7 +50,8 @@ def picture(rows, title):
 
 
 def table(facts):
-    """Markdown, a line per layer: rank for 90 % of the change of each weight; means over its weights: |W - W_0|_F / |W_0|_F, and residuals."""
+    """Markdown, a line per layer: rank for 90 % of the change of each weight; means over its weights: |W - W_0|_F / |W_0|_F, and residuals.
+    Last, for comparison, that rank of Gaussian matrices of the weights' shapes."""
     rows, starts = facts["rows"], ("svd", "cluster", "membership", "gaussian")
     blocks = {r["block"]: r["full_rank"] for r in rows}
     names = ["layer", *(f"{block}, of {full}" for block, full in blocks.items()), "change", "SVD", "clusters", "membership", "noise"]
@@ -60,6 +61,9 @@ def table(facts):
         means = [statistics.mean(r["residual"][k] for r in own) for k in starts]
         lines.append(f"| {layer} | {' | '.join(str(r['rank_90']) for r in own)} | {statistics.mean(r['change'] for r in own):.3f} | "
                      + " | ".join(f"{m:.3f}" for m in means) + " |")
+    torch.manual_seed(0)
+    ranks = [singular_values(torch.randn(full, full * (4 if block in ("fc", "proj") else 1)))[1] for block, full in blocks.items()]
+    lines.append(f"| Gaussian | {' | '.join(map(str, ranks))} |" + "  |" * 5)
     return "\n".join(lines)
 
 

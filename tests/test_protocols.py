@@ -5,6 +5,7 @@ import os
 import pathlib
 import random
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -277,7 +278,7 @@ def plant(folder, file, outcomes, **facts):
     transfer = facts.pop("transfer", {})
     after = {"outcomes": outcomes, **({"transfer": {k: {"outcomes": v} for k, v in transfer.items()}} if transfer else {})}
     after |= {"H": facts.pop("H")} if "H" in facts else {}
-    (folder / "results" / file).parent.mkdir(exist_ok=True)
+    (folder / "results" / file).parent.mkdir(parents=True, exist_ok=True)
     (folder / "results" / file).write_text(json.dumps({
         **facts, "versions": {}, "after": after, "masked": 884736, "flipped": 0.02, "training_seconds": 10, "peak_memory_mib": 1000}))
 
@@ -292,7 +293,8 @@ def test_the_table_is_mean_and_deviation_beside_the_published_number(sweep, tmp_
     answer = sweep("modules", "--table")
     robust = f"70.0 ± {statistics.stdev([80, 60]):.1f}"
     assert rows(answer) == [
-        ["images", "run, small CLIP", "seeds", "clean", "PGD", "best iterate", "trained", "seconds", "MiB", "published, ViT-B/32"],
+        ["images", "run, small CLIP", "seeds", "clean", "PGD", "best iterate", "trained", "seconds", "MiB",
+         "published, ViT-B/32, mean of 5 datasets"],
         ["embedded, 20 test, PGD-100", "MLP", "2", "100.0 ± 0.0", robust, robust, "884,736 bits, 2.0 % off", "10", "1000", "65.73 / 45.95"]]
 
 
@@ -305,7 +307,7 @@ def test_a_run_on_all_images_counts_on_the_images_of_its_table(sweep, tmp_path):
     assert [row[:4] for row in tables["main"]] == [["caltech101, 2465 test, PGD-100", "AdvMask", "1", "20.3"]]
     assert [row[:5] for row in tables["shots"]] == [["caltech101, 500 test, PGD-100", "AdvMask, 1 shots", "1", "100.0", "0.0"],
                                                     ["caltech101, 500 test, PGD-100", "AdvMask, 16 shots", "1", "100.0", "100.0"]]
-    assert [row[1] for row in tables["loss"]] == ["CE + LAFA"] and tables["loss"][0][-1] == "67.3 / 47.1"
+    assert [(row[1], row[-1]) for row in tables["loss"]] == [("CE + LAFA", "67.3 / 47.1"), ("CE + LAFA, 1 shot", "46.6 / 18.4")]
     # and it is not run again
     listed = sweep("shots", "--list").stdout
     assert "shots 16" not in listed and listed.count("advmask.py --shots 4 ") == 6 and "main/caltech101~AdvMask~1" not in listed
@@ -336,6 +338,25 @@ def test_an_unknown_table_is_one_sentence(sweep):
     assert answer.returncode == 2 and answer.stderr.startswith("error: ") and answer.stderr.count("\n") == 1 and "nope" in answer.stderr
 
 
+def test_other_models_run_with_their_own_eps_and_lambda_on_all_images(sweep, tmp_path):
+    chosen = ("--model", "ViT-B-16-quickgelu", "--datasets", "dtd", "food101", "--more=--no-download --pretrained 'my file'", "--data-root", "d")
+    listed = [shlex.split(line)[1:] for line in sweep("shots", "loss", "transfer", *chosen, "--list").stdout.splitlines()]
+    shared = ["--no-download", "--pretrained", "my file", "--data-root", f"{tmp_path}/d", "--out"]
+    assert all(words[-7:-1] == shared and "--test-limit" not in words and "3/255" not in words for words in listed)
+    texts = {pathlib.Path(words[-1]).relative_to(tmp_path / "runs" / "sweep"): " ".join(words[:-7]) for words in listed}
+    told = "--after-only --model ViT-B-16-quickgelu --dataset {} --seed 1"
+    expected = {"zero-shot/dtd~eps-1-255~1": "advmask.py --steps 1 --lr 0 --eps 1/255", "loss/food101~CE-KL~1": "advmask.py --loss kl --lam 4",
+                "shots/dtd~AdvLoRA-8-shots~1": "advlora.py --shots 8",
+                "transfer/tiny_imagenet~AdvMask~1": "advmask.py --transfer dtd food101"}
+    for name, text in expected.items():
+        dataset = name.split("/")[1].split("~")[0]
+        assert texts[pathlib.Path("ViT-B-16-quickgelu") / name] == f"{tmp_path / text} {told.format(dataset)}"
+    # all images of a run of another model count in every table
+    plant(tmp_path, "ViT-B-16-quickgelu/main/dtd~AdvMask~1.json", "7" * 700 + "0" * 700, dataset="dtd")
+    row, = rows(sweep("modules", "--table", *chosen))[1:]
+    assert row[:4] == ["dtd, 1400 test, PGD-100", "MHSA", "1", "50.0"]
+
+
 def test_a_broken_sweep_goes_on_where_it_stopped(sweep, tmp_path):
     (tmp_path / "mode").write_text("FAIL")
     assert sweep("shots").returncode != 0
@@ -349,6 +370,8 @@ def test_a_broken_sweep_goes_on_where_it_stopped(sweep, tmp_path):
     fixed = f"--model tiny --dataset caltech101 --seed 2 --data-root {tmp_path}/photos"
     assert " ".join(argv[1:]).startswith(f"--shots 4 --test-limit 500 --after-only {fixed}")
     assert sweep("shots", "--list").stdout == ""
+    answer = sweep("shots", "--slurm", "none.sh")
+    assert (answer.returncode, answer.stdout) == (2, "") and answer.stderr.count("\n") == 1 and not (tmp_path / "none.sh").exists()
 
 
 def test_the_job_array_runs_one_command_a_task_and_none_twice(sweep, tmp_path):

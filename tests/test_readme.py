@@ -1,11 +1,14 @@
 """The README's tables are what results/sweep.py prints from the JSON files."""
 import json
 import pathlib
+import random
 import re
 import subprocess
 import sys
 
 import pytest
+
+import common
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
 
@@ -34,6 +37,16 @@ def test_the_table_of_ranks_is_what_the_results_say(monkeypatch):
         energy = [v**2 for v in row["singular_values"]]
         assert sum(energy[:row["rank_90"] - 1]) < 0.9 * sum(energy) <= 1.001 * sum(energy[:row["rank_90"]])
         assert row["residual"]["svd"] <= row["residual"]["cluster"] <= row["residual"]["membership"]
+
+
+def test_only_shirts_and_bags_are_robust_among_the_embedded_new_classes(embedded):
+    new = common.half(embedded, "new")
+    names = [item.name for item in random.Random(0).sample(new.test, len(new.test))]    # the order of the outcomes, as of --test-limit 500
+    for method, expected in (("AdvMask", {"shirt", "bag"}), ("AdvLoRA", {"shirt"})):
+        for seed in (1, 2, 3):
+            result = json.loads((HERE / "results" / "base-to-new" / f"embedded~{method}~{seed}.json").read_text())
+            outcomes = result["after"]["transfer"]["new"]["outcomes"]
+            assert {name for name, digit in zip(names, outcomes, strict=True) if int(digit) & 2} == expected
 
 
 def test_the_model_card_states_what_was_measured():
