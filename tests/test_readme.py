@@ -49,6 +49,14 @@ def test_only_shirts_and_bags_are_robust_among_the_embedded_new_classes(embedded
             assert {name for name, digit in zip(names, outcomes, strict=True) if int(digit) & 2} == expected
 
 
+def test_most_embedded_images_that_advmask_keeps_from_tiny_imagenet_are_bags(embedded):
+    names = [item.name for item in random.Random(0).sample(embedded.test, len(embedded.test))]
+    for seed in (1, 2, 3):
+        result = json.loads((HERE / "results" / "transfer" / f"tiny_imagenet~AdvMask~{seed}.json").read_text())
+        robust = [name for name, digit in zip(names, result["after"]["transfer"]["embedded"]["outcomes"], strict=True) if int(digit) & 2]
+        assert robust.count("bag") > len(robust) / 2
+
+
 def test_the_model_card_states_what_was_measured():
     card, facts = (HERE / "tiny" / "README.md").read_text(), json.loads((HERE / "tiny" / "pretrain.json").read_text())
     for key in ("zero_shot_caltech101_test", "zero_shot_embedded_test", "logit_scale"):
