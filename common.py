@@ -431,7 +431,7 @@ class Classifier(nn.Module):
     """Zero-shot CLIP as a plain network: pixels (b, 3, h, w) in [0, 1] -> logits (b, classes), f(x) = s <z/|z|, t_c/|t_c|>.
 
     Text features are computed once, by set_classes. With dtype bfloat16 the image tower runs under autocast, except the patch embedding: in bfloat16
-    it would round the pixels by about as much as an attack moves them, a hidden defence worth 4.5 points at 1/255 (results/precision.py).
+    it would round the pixels by about as much as an attack moves them, a hidden defence worth 5 points at 1/255 (results/precision.py).
     """
 
     def __init__(self, clip, config, classes, template="a photo of a {}.", dtype="float32", scale=None):

@@ -22,6 +22,6 @@ if __name__ == "__main__":
         classifier = common.Classifier(*common.load_clip("tiny"), data.classes, data.template, name.split(",")[0])
         if name.endswith("all of it"):
             classifier.clip.visual.conv1.__class__ = torch.nn.Conv2d
-        for eps in (1, 2):
+        for eps in (1, 2, 3):
             r = common.evaluate(classifier, x, y, eps / 255, steps=10)
             print(f"{name:38} eps {eps}/255: clean {r['clean']:.1f}, PGD-10 {r['pgd']:.1f}, best iterate {r['pgd_best']:.1f}")
