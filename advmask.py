@@ -1,22 +1,23 @@
 """AdvMask: learn binary masks that uncover a robust sub-network inside frozen CLIP.
 
-Paper: "Identifying Robust Neural Pathways: Few-Shot Adversarial Mask Tuning for Vision-Language Models", ICLR 2026,
-https://openreview.net/forum?id=kzGkXpW4FT. This is an independent implementation; what the paper does not state is an argument marked
-"(our choice)"; what has been measured of it stands in the README, "Where the papers are silent".
+Paper: "Identifying Robust Neural Pathways: Few-Shot Adversarial Mask Tuning for Vision-Language
+Models", ICLR 2026, https://openreview.net/forum?id=kzGkXpW4FT. This is an independent
+implementation. What the paper does not state is marked "(our choice)".
 
-    python advmask.py                                                # small CLIP, embedded data: no download, about 2 minutes on 2 CPU cores
-    python advmask.py --model tiny --dataset caltech101              # small CLIP, real photographs
-    python advmask.py --dataset caltech101 --shots 16                # OpenAI ViT-B/32, the published attack: eps 1/255, PGD-100
+    python advmask.py                                      # small CLIP, embedded data, 2 minutes
+    python advmask.py --model tiny --dataset caltech101    # small CLIP, real photographs
+    python advmask.py --dataset caltech101 --shots 16      # OpenAI ViT-B/32, eps 1/255, a GPU
 
-The idea. theta are CLIP's weights, M a real mask of the same shape, alpha a threshold. The network runs on theta' = theta * 1[M > alpha]; theta
-stays frozen, only M is trained, on adversarial images, through a straight-through gradient. One bit per masked weight is the whole adapter.
+The idea. theta are CLIP's weights, M a real mask of the same shape, alpha a threshold. The network
+runs on theta' = theta * 1[M > alpha]. theta stays frozen; only M is trained, on adversarial images,
+through a straight-through gradient. One bit per masked weight is the whole adapter.
 
-    min over M  E[ CE(f_theta'(x~), y) + lambda * L_LAFA ],   x~ = x + argmax over |delta|_inf <= eps of CE(f_theta'(x + delta), y)
+    min over M  E[ CE(f_theta'(x~), y) + lambda * L_LAFA ]
+    x~ = x + argmax over |delta|_inf <= eps of CE(f_theta'(x + delta), y)
 
-Evidence (README): small CLIP, 16 shots, eps 3/255, seeds 1-3, one CPU core, torch 2.15, open_clip 3.3. Embedded data: clean 82.0 -> 61.5 +- 1.8,
-PGD-100 6.0 -> 34.5 +- 1.8, 2.6 % of the masked weights switched off. Caltech101: clean 59.8 -> 48.3 +- 0.6, PGD-100 2.8 -> 19.6 +- 0.9, 2.2 %.
-ViT-B/32 with CLIP's weights has not been run here.
+Evidence. EVIDENCE
 """
+
 import math
 import time
 
@@ -28,257 +29,356 @@ from torch.nn.utils import parametrize
 
 import common
 
-parser = common.Parser(description=__doc__.split("\n")[0])
-common.add_arguments(parser)
-add = parser.add_argument
-add("--layers", default="mhsa", choices=["mhsa", "mlp", "both"], help="masked weights of every vision block: attention, MLP, or both")
-add("--init", type=float, default=1e-2, help="start of every entry of M (our choice: that of R-AMT, ICCV 2023)")
-add("--threshold", type=float, default=5e-3, help="alpha: an entry of at most alpha switches its weight off (our choice: R-AMT's)")
-add("--loss", default="lafa", choices=["ce", "js", "kl", "align", "lafa"], help="CE alone, or CE + lambda times JS, KL, alignment, LAFA")
-add("--lam", type=common.at_least(0, float), help="lambda; default 50, as published, and 150 for the small CLIP (our choice)")
-add("--eps-w", type=common.at_least(0, float), default=1e-6, help="epsilon_w in LAFA's weight (our choice)")
-add("--features", default="cls", choices=["cls", "mean"], help="a block's feature: CLS token, or mean over tokens (our choice: cls)")
-add("--raw", action="store_true", help="do not scale features to unit length before comparing them (our choice: unit length)")
-add("--attached", action="store_true", help="let gradients flow through the clean features as well (our choice: detached)")
-add("--train-attack-steps", type=common.at_least(1), default=2, help="PGD steps while training")
-add("--train-step", type=common.fraction, help="PGD step while training; default eps, as published")
-add("--epochs", type=common.at_least(1), default=6, help="training length (our choice) ...")
-add("--min-steps", type=common.at_least(1), default=100, help="... but at least so many steps, so that few shots train too (our choice)")
-add("--steps", type=common.at_least(1), help="training steps; overrides --epochs and --min-steps")
-add("--optimizer", default="sgd", choices=["sgd", "adam"], help="sgd: gradients divided by their root mean square over all"
-    " masks, momentum 0.9 (our choice)")
-add("--budget", type=common.at_least(0, float), help="flip budget, which sets the rate: how many times over an entry whose gradient is always"
-    " of average size and one sign would go from init to alpha; default steps / 100, but 1.5 to 3 (our choice)")
-add("--lr", type=common.at_least(0, float), help="first rate, decayed by a cosine; overrides --budget")
-
-
-# ------------------------------------------------------------------------------------------------------------------------- the method
-class Above(torch.autograd.Function):
-    """1[M > alpha], with the straight-through gradient: dL/dM := dL/dM_bin."""
-
-    @staticmethod
-    def forward(ctx, M, alpha):
-        return (M > alpha).to(M.dtype)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
+# ------------------------------------------------------------------------------------------------
+# The method: pieces that work anywhere, with torch alone
+# ------------------------------------------------------------------------------------------------
 
 
 class BinaryMask(nn.Module):
-    """Parametrisation of a frozen weight: theta -> theta * 1[M > alpha], M of the weight's shape, starting at `init`, so that every weight is kept.
+    """Parametrisation of a frozen weight: theta -> theta * 1[M > alpha].
 
-    Straight-through (AdvMask): M <- M - gamma dL/dM_bin with dL/dM_bin = theta * dL/dtheta': what is off can come back. M and theta are float32, only
-    activations may be bfloat16. Raises Fault unless init > threshold.
+    M has the weight's shape and starts at `init`: every weight is kept. Start and threshold are
+    R-AMT's (our choice); only the way between them matters, and the flip budget is in its units.
+    M and theta' are float32 where the weight is. Raises ValueError unless init > alpha.
     """
 
-    def __init__(self, weight, init=1e-2, threshold=5e-3):
+    def __init__(self, weight, init=1e-2, alpha=5e-3):
         super().__init__()
-        if not math.inf > init > threshold > -math.inf:
-            raise common.Fault(f"--init {init} must be finite and lie above --threshold {threshold}: a mask starts with every weight kept")
-        self.threshold = threshold
+        if not math.inf > init > alpha > -math.inf:
+            raise ValueError(f"init {init} must lie above alpha {alpha}: a mask starts with all on")
+        self.init = init
+        self.alpha = alpha
         self.M = nn.Parameter(torch.full_like(weight, init, requires_grad=True))
 
     def forward(self, theta):
-        # theta' = theta * 1[M > alpha]
-        return theta * Above.apply(self.M, self.threshold)
+        # M_bin = 1[M > alpha]; the added zero makes its gradient that of M: straight-through
+        M_bin = (self.M > self.alpha).to(theta.dtype) + (self.M - self.M.detach())
+        # theta' = theta * M_bin, so dL/dM_bin = theta * dL/dtheta'
+        return theta * M_bin
 
-    @property
     def kept(self):
         """1[M > alpha] as bool, of the weight's shape."""
-        return self.M.detach() > self.threshold
+        return self.M.detach() > self.alpha
 
 
-WEIGHTS = {"mhsa": ["attn.in_proj_weight", "attn.out_proj.weight"], "mlp": ["mlp.c_fc.weight", "mlp.c_proj.weight"]}
-WEIGHTS["both"] = WEIGHTS["mhsa"] + WEIGHTS["mlp"]
+def vision_weights(clip, weights="attn"):
+    """Names of the weights that are masked in every vision block of an open_clip ViT.
+
+    attn: in_proj (3d, d) and out_proj (d, d); mlp: c_fc (4d, d) and c_proj (d, 4d); or both. No
+    biases. attn is the paper's default.
+    """
+    attn = ("attn.in_proj_weight", "attn.out_proj.weight")
+    mlp = ("mlp.c_fc.weight", "mlp.c_proj.weight")
+    endings = {"attn": attn, "mlp": mlp, "both": attn + mlp}[weights]
+    names = []
+    for name, _ in clip.named_parameters():
+        if name.startswith("visual.transformer.resblocks.") and name.endswith(endings):
+            names.append(name)
+    return names
 
 
-def attach(clip, layers="mhsa", init=1e-2, threshold=5e-3):
-    """Mask the named weights of every vision block of an open_clip ViT -> {parameter name: BinaryMask}; biases are never masked.
+def attach(model, names, init=1e-2, alpha=5e-3):
+    """Freeze the named weights of any model and mask them -> {name: BinaryMask}.
 
-    `layers`: mhsa (in_proj (3d, d) and out_proj (d, d)), mlp (c_fc (4d, d) and c_proj (d, 4d)) or both.
+    Fresh masks keep every weight, so the model computes what it did. Raises AttributeError where
+    a name is unknown.
     """
     masks = {}
-    for i, block in enumerate(clip.visual.transformer.resblocks):
-        for name in WEIGHTS[layers]:
-            module, _, weight = name.rpartition(".")
-            module = block.get_submodule(module)
-            mask = BinaryMask(getattr(module, weight), init, threshold)
-            parametrize.register_parametrization(module, weight, mask)
-            masks[f"visual.transformer.resblocks.{i}.{name}"] = mask
+    for name in names:
+        path, _, weight = name.rpartition(".")
+        module = model.get_submodule(path)
+        theta = getattr(module, weight).requires_grad_(False)
+        masks[name] = BinaryMask(theta, init, alpha)
+        parametrize.register_parametrization(module, weight, masks[name])
     return masks
 
 
-def merge(clip, masks):
-    """Write theta' into the weights and drop the masks: an ordinary open_clip model with the same logits."""
+def merge(model, masks):
+    """Write theta' into the weights and drop the masks: an ordinary model, with the same logits."""
     for name in masks:
-        module, _, weight = name.rpartition(".")
-        parametrize.remove_parametrizations(clip.get_submodule(module), weight, leave_parametrized=True)
-    return clip.requires_grad_(False)
+        path, _, weight = name.rpartition(".")
+        parametrize.remove_parametrizations(model.get_submodule(path), weight)
 
 
-def pgd(classifier, x, y, eps, step, steps, own=slice(None)):
-    """The inner maximisation: x (b, 3, h, w) in [0, 1], y (b,) -> x~ of its images `own`, with |x~ - x|_inf <= eps (pixels) and x~ in [0, 1].
+def pgd(classifier, x, y, eps, step, steps):
+    """The inner maximisation: x (b, 3, h, w) in [0, 1], y (b,) -> x~.
 
-    Madry et al. 2018: delta_0 ~ U(-eps, eps), delta <- clip(delta + step sign(grad CE), -eps, eps), x + delta clipped to [0, 1].
+    Madry et al. 2018: delta_0 ~ U(-eps, eps), delta <- clip(delta + step sign(grad CE), -eps, eps),
+    x + delta clipped to [0, 1]. eps and step in pixels. Raises ValueError in train mode,
+    FloatingPointError where the gradient is not finite.
     """
-    assert not classifier.training, "attack the network that is deployed: eval mode"
-    delta = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1) - x
-    x, y, delta = x[own], y[own], delta[own]    # torchrun's processes share a seed: each draws the noise of the whole batch and keeps its own images
+    if classifier.training:
+        raise ValueError("attack the network that is deployed: eval mode")
+    delta = torch.empty_like(x).uniform_(-eps, eps)
+    delta = (x + delta).clamp(0, 1) - x
     for _ in range(steps):
         delta.requires_grad_()
-        # sum, not mean: the gradient of one image must not depend on the batch size
+        # the sum, not the mean: one image's gradient must not depend on the batch size
         loss = F.cross_entropy(classifier(x + delta), y, reduction="sum")
-        # autograd.grad towards delta alone: no weight or mask gradients are computed
-        grad, = torch.autograd.grad(loss, delta)
+        # towards delta alone: no gradients of weights or masks are computed
+        (grad,) = torch.autograd.grad(loss, delta)
+        if not torch.isfinite(grad).all():
+            raise FloatingPointError("the gradient of the attack is not finite")
         delta = (delta.detach() + step * grad.sign()).clamp(-eps, eps)
         delta = (x + delta).clamp(0, 1) - x
-    assert delta.abs().max() <= eps + 1e-6 and torch.isfinite(delta).all()
+    assert delta.abs().max() <= eps + 1e-6, "the attack left the ball"
     return x + delta
 
 
-def features(classifier, x, kind="cls", raw=False):
-    """-> z (layers, b, d): the output of every vision block (CLS token, or mean over tokens), of unit length unless raw; logits (b, classes)."""
-    z, transformer = [], classifier.clip.visual.transformer
+def features(classifier, x):
+    """-> z (layers, b, d), the CLS token after every vision block; logits (b, classes).
 
-    def keep(block, inputs, output):                                              # output: (b, tokens, d)
-        output = output if transformer.batch_first else output.transpose(0, 1)
-        z.append((output[:, 0] if kind == "cls" else output.mean(1)).float())
+    z has unit length. `classifier.clip.visual.transformer` is open_clip's. That it is the CLS token
+    and of unit length is our choice.
+    """
+    transformer = classifier.clip.visual.transformer
+    z = []
+
+    def keep(block, inputs, output):
+        # output: (b, tokens, d), or (tokens, b, d) where the blocks run tokens first
+        cls = output[:, 0] if transformer.batch_first else output[0]
+        z.append(F.normalize(cls.float(), dim=-1))
+
     hooks = [block.register_forward_hook(keep) for block in transformer.resblocks]
     try:
         logits = classifier(x)
     finally:
         for hook in hooks:
             hook.remove()
-    z = torch.stack(z)
-    return (z if raw else F.normalize(z, dim=-1)), logits
+    return torch.stack(z), logits
 
 
-def lafa(z_clean, z_adv, p_true, eps_w=1e-6, p_mean=None):
-    """L_LAFA (AdvMask): layer-wise adaptive feature alignment. z (layers, b, d); p_true (b,), the model's p(y|x) on the clean image -> scalar.
-    p_mean: E_B[p(y'|x')], where the images here are only a part of the batch B.
+def lafa(z_clean, z_adv, p_true, eps_w=1e-6):
+    """L_LAFA, layer-wise adaptive feature alignment (AdvMask) -> scalar.
 
-    L = 1/(|Layers||B|) sum_l sum_x  p(y|x) / (E_B[p(y'|x')] + eps_w) * |z_clean^(l) - z_adv^(l)|_2^2
+    z_clean, z_adv (layers, b, d); p_true (b,), the model's own p(y|x) of the true class on the
+    clean image, a constant. eps_w only keeps the division finite (our choice).
+
+    L = 1/(|Layers||B|) sum_l sum_x  p(y|x) / (E_B[p(y'|x')] + eps_w) * |z_clean^l - z_adv^l|_2^2
     """
-    weight = p_true / ((p_true.mean() if p_mean is None else p_mean) + eps_w)     # (b,), mean 1 over the batch
-    return (weight * (z_clean - z_adv).square().sum(-1)).mean()                   # mean over (layers, b)
+    p_true = p_true.detach()
+    weight = p_true / (p_true.mean() + eps_w)  # (b,), mean 1
+    distance = (z_clean - z_adv).square().sum(-1)  # (layers, b)
+    return (weight * distance).mean()
 
 
-def consistency(kind, logits_clean, logits_adv, z_clean, z_adv, y, eps_w):
-    """The second term of L_mask: lafa, or the paper's ablations align (no weight), js and kl (output space), ce (none) -> scalar."""
-    log_p, log_q = F.log_softmax(logits_clean, -1), F.log_softmax(logits_adv, -1)    # (b, classes)
+def consistency(kind, z_clean, z_adv, logits_clean, logits_adv, y):
+    """The second term of L_mask -> scalar: lafa, or one of the paper's ablations.
+
+    align: LAFA without the weight. kl and js: between the outputs. ce: nothing.
+    """
+    log_p = F.log_softmax(logits_clean, -1)  # (b, classes)
+    log_q = F.log_softmax(logits_adv, -1)
     if kind == "lafa":
-        p_true = log_p.exp().gather(1, y[:, None])[:, 0].detach()
-        return lafa(z_clean, z_adv, p_true, eps_w, common.batch_mean(p_true))
+        p_true = log_p.exp()[range(len(y)), y]  # (b,)
+        return lafa(z_clean, z_adv, p_true)
     if kind == "align":
         return (z_clean - z_adv).square().sum(-1).mean()
-    if kind == "kl":                                                              # KL(P_clean || P_adv)
+    if kind == "kl":
+        # KL(P_clean || P_adv)
         return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
-    if kind == "js":                                                              # (KL(P || R) + KL(Q || R)) / 2, R = (P + Q) / 2
+    if kind == "js":
+        # (KL(P || R) + KL(Q || R)) / 2,  R = (P + Q) / 2
         log_r = torch.logaddexp(log_p, log_q) - math.log(2)
-        return (F.kl_div(log_r, log_p, log_target=True, reduction="batchmean") + F.kl_div(log_r, log_q, log_target=True, reduction="batchmean")) / 2
+        p_to_r = F.kl_div(log_r, log_p, log_target=True, reduction="batchmean")
+        q_to_r = F.kl_div(log_r, log_q, log_target=True, reduction="batchmean")
+        return (p_to_r + q_to_r) / 2
     return torch.zeros((), device=y.device)
 
 
-# --------------------------------------------------------------------------------------------------------------------- the adapter file
-def flipped(masks):
-    """Share of masked entries that are switched off."""
-    return 1 - sum(m.kept.sum().item() for m in masks.values()) / sum(m.M.numel() for m in masks.values())
+# ------------------------------------------------------------------------------------------------
+# The loop
+# ------------------------------------------------------------------------------------------------
+
+
+def train(classifier, masks, batches, steps, eps, loss="lafa", lam=50, budget=1.5):
+    """Train the masks {name: BinaryMask} in place, on `steps` batches (x, y).
+
+    classifier: pixels in [0, 1] -> logits, in eval mode, with the masks in it. The optimiser is our
+    choice: the published M <- M - gamma dL/dM_bin, with gradients of one size, a running mean and a
+    cosine. budget, the flip budget, sets gamma: how many times over an entry whose gradient is
+    always of average size and one sign would go from init to alpha.
+    """
+    started = time.time()
+    M = [mask.M for mask in masks.values()]
+    v = [torch.zeros_like(m) for m in M]
+    entries = sum(m.numel() for m in M)
+    way = max(mask.init - mask.alpha for mask in masks.values())
+    # gamma_t falls by a cosine from its start to 0; the sum over all steps is budget * way
+    cosine = 0.5 * (1 + torch.cos(math.pi * torch.arange(steps) / steps))
+    gamma = budget * way * cosine / cosine.sum()
+
+    for t, (x, y) in enumerate(batches):
+        # 1. the inner maximisation: attack the current network, two steps of size eps
+        x_adv = pgd(classifier, x, y, eps, step=eps, steps=2)
+
+        # 2. what every block sees of the clean and of the attacked image
+        with torch.no_grad():  # the clean side is a constant (our choice)
+            z_clean, logits_clean = features(classifier, x)
+        z_adv, logits_adv = features(classifier, x_adv)
+
+        # 3. L_mask = CE(x~, y) + lambda * L_LAFA
+        ce = F.cross_entropy(logits_adv, y)
+        term = consistency(loss, z_clean, z_adv, logits_clean, logits_adv, y)
+        objective = ce + lam * term
+
+        # 4. straight-through: the gradient of M is that of M_bin
+        gradients = torch.autograd.grad(objective, M)
+
+        # 5. M <- M - gamma_t v,  v <- 0.9 v + 0.1 g / rms(g), from v = 0
+        rms = nn.utils.get_total_norm(gradients) / math.sqrt(entries)  # one number for all masks
+        for m, v_m, g in zip(M, v, gradients):
+            v_m.mul_(0.9).add_(0.1 * g / rms.clamp(min=1e-12))
+            m.data -= gamma[t].item() * v_m
+
+        if (t + 1) % 50 == 0 or t + 1 == steps:
+            right = 100 * (logits_adv.argmax(1) == y).float().mean()
+            print(
+                f"step {t + 1}/{steps}  ce {ce:.3f}  {loss} term {term:.4f}  "
+                f"adv acc of the batch {right:.0f} %  off {100 * share_off(masks):.2f} %  "
+                f"{time.time() - started:.0f} s",
+                flush=True,
+            )
+
+
+# ------------------------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------------------------
+
+
+def share_off(masks):
+    """Share of the masked entries that are switched off."""
+    kept = sum(mask.kept().sum().item() for mask in masks.values())
+    return 1 - kept / sum(mask.M.numel() for mask in masks.values())
 
 
 def pack(masks):
     """{name: BinaryMask} -> {name: uint8 (ceil(n / 8),)}, one bit per entry."""
-    return {name: torch.from_numpy(np.packbits(mask.kept.cpu().numpy())) for name, mask in masks.items()}
+    bits = {}
+    for name, mask in masks.items():
+        bits[name] = torch.from_numpy(np.packbits(mask.kept().cpu().numpy()))
+    return bits
 
 
 def unpack(masks, tensors):
-    """Leave M at init (bit 1) or set it to alpha (bit 0: off). Raises Fault where names or sizes differ."""
-    expected = {k: ((m.M.numel() + 7) // 8, torch.uint8) for k, m in masks.items()}
-    if expected != {k: (v.numel(), v.dtype) for k, v in tensors.items()}:
-        raise common.Fault("the adapter's weights are not those that --layers masks in this model; use the --model and --layers it was made with")
+    """Leave M at init (bit 1) or set it to alpha (bit 0: off). Raises ValueError on other masks."""
+    found = {name: (bits.numel(), bits.dtype) for name, bits in tensors.items()}
+    expected = {name: ((m.M.numel() + 7) // 8, torch.uint8) for name, m in masks.items()}
+    if found != expected:
+        raise ValueError("the adapter's masks are not those of these weights of this model")
     for name, mask in masks.items():
         bits = np.unpackbits(tensors[name].numpy(), count=mask.M.numel()).reshape(mask.M.shape)
-        mask.M.data[torch.from_numpy(bits == 0).to(mask.M.device)] = mask.threshold
+        mask.M.data[torch.from_numpy(bits == 0).to(mask.M.device)] = mask.alpha
 
 
-# ------------------------------------------------------------------------------------------------------------------------- the program
+def load(folder, device="cpu", dtype="float32"):
+    """The adapted classifier of a finished run: pixels (b, 3, h, w) in [0, 1] -> logits.
+
+    `folder` holds adapter.safetensors; class names are the run's. Raises common.Fault.
+    """
+    tensors, facts = common.load_adapter(folder, "advmask", ["weights"])
+    classifier = common.adapted_classifier(facts, device, dtype)
+    restore(classifier.clip, tensors, facts)
+    return classifier
+
+
+def restore(clip, tensors, facts):
+    """Mask a CLIP as an adapter file says, for good -> the masks. Raises common.Fault."""
+    try:
+        masks = attach(clip, vision_weights(clip, facts["weights"]))
+        unpack(masks, tensors)
+    except (KeyError, ValueError) as fault:
+        raise common.Fault(f"the adapter does not fit ({fault}); use the --model it was made with")
+    merge(clip, masks)
+    return masks
+
+
+# ------------------------------------------------------------------------------------------------
+# The program
+# ------------------------------------------------------------------------------------------------
+
+
+def arguments():
+    """The program's argument parser."""
+    parser = common.Parser(description=__doc__.split("\n")[0])
+    common.add_arguments(parser)
+    add = parser.add_argument
+    weights = "masked weights of every vision block: attention, MLP, or both"
+    add("--weights", default="attn", choices=["attn", "mlp", "both"], help=weights)
+    losses = ["ce", "js", "kl", "align", "lafa"]
+    add(
+        "--loss", default="lafa", choices=losses, help="CE alone, or CE + lambda times one of these"
+    )
+    lam = "lambda; default 50, as published, and 150 for the small CLIP (our choice)"
+    add("--lam", type=common.at_least(0, float), help=lam)
+    steps = "training steps; default 6 epochs, at least 100 (our choice)"
+    add("--steps", type=common.at_least(1), help=steps)
+    budget = "flip budget, sets the rate; default steps / 100, but 1.5 to 3 (our choice)"
+    add("--budget", type=common.at_least(0, float), help=budget)
+    return parser
+
+
 def main():
-    args = common.parse(parser)
-    start = time.time()
-    args.train_step = args.eps if args.train_step is None else args.train_step
+    started = time.time()
+    args = common.parse(arguments())
+    folder = common.run_folder(args, "advmask")
+    if args.load:
+        tensors, facts = common.load_adapter(args.load, "advmask", ["weights"])
+        common.check_model(facts, args)
+
+    # CLIP, frozen, as a classifier; the few-shot images; the test sets
+    classifier, images, tests = common.prepare(args)
+    clip = classifier.clip
     if args.lam is None:
         args.lam = 150 if args.model == "tiny" else 50
-    folder, metadata = common.run_folder(args, "advmask"), None
-    if args.load:
-        tensors, metadata = common.load_adapter(args.load, "advmask", args, ["layers"])
-        args.layers = metadata["layers"]
-        if args.layers not in WEIGHTS:
-            raise common.Fault(f"adapter {args.load} has layers {args.layers!r}; expected a file that this program saved")
-    # classifier: CLIP, frozen, in eval mode, pixels -> logits; train: the few-shot images; measure(): accuracies of what clip has become by then
-    classifier, train, measure = common.prepare(args)
-    clip = classifier.clip
-    before = None if args.after_only else measure()
-    if before:
-        print(f"zero-shot: clean {before['clean']:.2f}, PGD-{args.test_steps} {before['pgd']:.2f}  ({time.time() - start:.0f} s)", flush=True)
+    if args.steps is None:
+        args.steps = max(100, 6 * math.ceil(len(images) / args.batch_size))
+    if args.budget is None:
+        args.budget = min(max(args.steps / 100, 1.5), 3)
 
-    vision, total = (sum(p.numel() for p in m.parameters()) for m in (clip.visual, clip))
-    masks = attach(clip, args.layers, args.init, args.threshold)
+    before, training = None, 0.0
     if args.load:
-        unpack(masks, tensors)
+        masks = restore(clip, tensors, facts)
+    else:
+        # what CLIP can do as it is
+        before = common.measure(classifier, tests, args)
+        print(f"zero-shot: clean {before['clean']:.2f}, PGD-{args.test_steps} {before['pgd']:.2f}")
+
+        # mask it, train, save, and write the masks into the weights
+        masks = attach(clip, vision_weights(clip, args.weights))
+        print(f"{args.steps} steps, loss {args.loss}, lambda {args.lam:g}, budget {args.budget:g}")
+        batches = common.batches(
+            images, classifier.size, args.batch_size, args.steps, args.augment, args.device
+        )
+        training = time.time()
+        train(classifier, masks, batches, args.steps, args.eps, args.loss, args.lam, args.budget)
+        training = time.time() - training
+        common.save_adapter(folder, pack(masks), classifier, args, "advmask")
+        merge(clip, masks)
+
     masked = sum(mask.M.numel() for mask in masks.values())
-    print(f"masked {masked:,} / vision {vision:,} / total {total:,} parameters")
+    off = share_off(masks)
+    print(f"masked {masked:,} of {common.sizes(clip)}; {100 * off:.2f} % of them off")
+    if off == 0:
+        print("WARNING: no weight is switched off: the model is still plain CLIP; raise --budget")
 
-    # -- training
-    training = time.time()
-    if not args.load:
-        steps = args.steps = args.steps or max(args.min_steps, args.epochs * math.ceil(len(train) / args.batch_size))
-        cosine = [0.5 * (1 + math.cos(math.pi * t / steps)) for t in range(steps)]
-        args.budget = min(max(steps / 100, 1.5), 3) if args.budget is None else args.budget
-        # a step moves an average entry by at most lr, so sum_t lr_t / (init - alpha) is how many times over it could cross the threshold
-        lr = args.lr = args.lr if args.lr is not None else args.budget * (args.init - args.threshold) / sum(cosine)
-        M = [mask.M for mask in masks.values()]
-        # dampening makes momentum an average of gradients: it smooths the way and does not lengthen it
-        optimizer = torch.optim.SGD(M, lr, momentum=0.9, dampening=0.9) if args.optimizer == "sgd" else torch.optim.Adam(M, lr)
-        print(f"{steps} steps of {min(args.batch_size, len(train))} images, lr {lr:.2e}, loss {args.loss}, lambda {args.lam:g}")
-        own = slice(common.RANK, None, common.WORLD)         # this process's images of a batch: all, unless torchrun started several
-        for t, (x, y) in enumerate(common.batches(train, classifier.size, args, steps)):
-            optimizer.param_groups[0]["lr"] = lr * cosine[t]
-            with parametrize.cached():                       # theta' once a step, by pgd's first pass; with M's graph, which pgd leaves whole
-                x_adv = pgd(classifier, x, y, args.eps, args.train_step, args.train_attack_steps, own)
-                share, x, y = len(y[own]) / len(y), x[own], y[own]
-                with torch.set_grad_enabled(args.attached):  # not the first pass of the step: theta' would be kept without M's graph
-                    z_clean, logits_clean = features(classifier, x, args.features, args.raw)
-                z_adv, logits_adv = features(classifier, x_adv, args.features, args.raw)
-                # L_mask = CE(x~, y) + lambda * L_LAFA
-                ce = F.cross_entropy(logits_adv, y)
-                term = consistency(args.loss, logits_clean, logits_adv, z_clean, z_adv, y, args.eps_w)
-                optimizer.zero_grad()
-                (share * (ce + args.lam * term)).backward()
-            common.total(*(m.grad for m in M))               # sums in place over the processes, each with its share of the batch
-            if args.optimizer == "sgd":                      # M <- M - gamma dL/dM_bin, the gradient divided by one root mean square over all masks
-                rms = (sum(m.grad.square().sum() for m in M) / masked).sqrt()
-                for m in M:
-                    m.grad /= rms.clamp(min=1e-12)
-            optimizer.step()
-            if (t + 1) % 50 == 0 or t + 1 == steps:
-                common.total(log := share * torch.stack([ce, term, 100 * (logits_adv.argmax(1) == y).float().mean()]).detach())
-                print(f"step {t + 1}/{steps}  ce {log[0]:.3f}  {args.loss} term {log[1]:.4f}  adv acc of the batch {log[2]:.0f} %  "
-                      f"flipped {100 * flipped(masks):.2f} %  {time.time() - training:.0f} s", flush=True)
-        common.save_adapter(folder / "adapter.safetensors", pack(masks), common.describe(args, "advmask"))
-    share = flipped(masks)
-    if share == 0:
-        print("WARNING: no entry of the masks is switched off: the model is still plain CLIP; raise --steps, --budget or --lr")
-    training = time.time() - training
-
-    # -- evaluation of the merged model
-    merge(clip, masks)
-    after = measure()
-    common.table([("zero-shot", before), ("AdvMask", after)], args.test_steps)
+    # what the masked CLIP can do
+    after = common.measure(classifier, tests, args)
+    common.print_table([("zero-shot", before), ("AdvMask", after)], args.test_steps)
     if args.export:
         common.export(clip, classifier.config, args.export)
-    common.save_result(folder, args, "advmask", adapter=metadata, before=before, after=after, masked=masked,
-                       vision=vision, total=total, flipped=share, training_seconds=round(training, 1), seconds=round(time.time() - start, 1))
-    print(f"peak memory {common.peak_memory(args.device):.0f} MiB, {time.time() - start:.0f} s (training {training:.0f} s); files in {folder}")
+    common.save_run(
+        folder,
+        args,
+        "advmask",
+        before=before,
+        after=after,
+        masked=masked,
+        off=off,
+        training_seconds=round(training, 1),
+        seconds=round(time.time() - started, 1),
+    )
+    common.print_end(folder, args, started, training)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
-"""What every method here needs and none is about: arguments, datasets and few-shot draws, loading CLIP, the classifier, robust evaluation, files.
+"""What every method here needs and none is about, in five sections that can be read apart.
 
-Pixels are float in [0, 1] before CLIP's normalisation, NCHW; eps and step are in the same units. Faults of the user's making raise `Fault`,
-which `guard` turns into one sentence on stderr and exit code 2.
+Arguments; data (datasets, few-shot draws, training batches); CLIP (loading, the classifier); robust
+evaluation (needs torch alone: copy it); files (adapters, results, exports).
+
+Pixels are floats in [0, 1] before CLIP's normalisation, (b, 3, h, w); eps and steps are in the same
+units. What the user did wrong raises `Fault`: `guard` makes it one sentence and exit code 2.
 """
+
 import argparse
 import concurrent.futures
 import contextlib
@@ -10,7 +14,6 @@ import datetime
 import errno
 import hashlib
 import http.client
-import importlib.util
 import json
 import logging
 import math
@@ -35,37 +38,49 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
-
-from robustness import TORCHATTACKS, Float32Conv2d, batch_mean, draw_curves, evaluate, examine, table, total    # noqa: F401
+from tqdm import tqdm
 
 HERE = pathlib.Path(__file__).resolve().parent
-# torchrun starts WORLD processes of a program: each draws all that is random for all, and computes its share; process 0 prints and writes
-RANK, WORLD = (int(os.environ[key]) if torch.distributed.is_torchelastic_launched() else start for key, start in (("RANK", 0), ("WORLD_SIZE", 1)))
 
 
-# ---------------------------------------------------------------------------------------------------------------- faults and arguments
+# ------------------------------------------------------------------------------------------------
+# Arguments
+# ------------------------------------------------------------------------------------------------
+
+
 class Fault(Exception):
-    """A fault of the input; its text says what was expected, what was found, and what to do."""
+    """A fault of the input. Its text says what was expected, what was found, and what to do."""
+
+    def __init__(self, sentence):
+        # a loader's process sends its fault as a traceback, which ends with the sentence
+        super().__init__(sentence.rpartition("Fault: ")[2])
 
 
 def guard(main):
-    """Run a program: a Fault, a full disk or a broken download becomes one sentence on stderr and exit code 2."""
-    sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
+    """Run a program: a Fault, a full disk, a diverged training become one sentence, exit code 2."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        sys.stdout = open(os.devnull, "w")
     try:
         return main()
     except Fault as fault:
         sentence = str(fault)
+    except FloatingPointError as fault:
+        sentence = f"{fault}; the training has diverged, a lower rate may help"
     except OSError as fault:
-        full = fault.errno == errno.ENOSPC
-        sentence = f"{'the disk is full' if full else fault.strerror or fault}: {fault.filename or 'while writing'}; nothing half-written was left"
+        what = "the disk is full" if fault.errno == errno.ENOSPC else fault.strerror or fault
+        sentence = f"{what}: {fault.filename or 'while writing'}; nothing half-written was left"
     except RuntimeError as fault:
         if "Connection closed by peer" not in str(fault):
             raise
         sentence = "another process of torchrun has ended; it says why"
     except KeyboardInterrupt:
         sentence = "interrupted; no half-written file was left"
-    time.sleep(3 if RANK or "another process" in sentence else 0)    # torchrun ends the others meanwhile: a sentence is printed once
+    if rank or sentence.startswith("another process"):
+        time.sleep(3)  # torchrun ends the others meanwhile: a sentence is printed once
     print(f"error: {' '.join(sentence.split())}", file=sys.stderr)
     sys.exit(2)
 
@@ -76,226 +91,416 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise Fault(f"{message} (--help lists the arguments)")
 
-    def add_argument(self, *names, **keywords):
-        shown = keywords.get("default") and names[0] != "-h" and "default" not in keywords["help"]
-        return super().add_argument(*names, **keywords | ({"help": keywords["help"] + " (default: %(default)s)"} if shown else {}))
+    def add_argument(self, *names, **options):
+        default = options.get("default")
+        if default and names[0] != "-h" and "default" not in options["help"]:
+            options["help"] += " (default: %(default)s)"
+        return super().add_argument(*names, **options)
 
 
 def fraction(text):
     """'1/255' or '0.004' -> float >= 0."""
     above, _, below = text.partition("/")
-    with contextlib.suppress(ValueError, ZeroDivisionError):
-        if 0 <= (value := float(above) / float(below or 1)) < math.inf:
-            return value
-    raise argparse.ArgumentTypeError(f"expected a finite number of at least 0, such as 1/255 or 0.004, found {text!r}")
+    try:
+        value = float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if not 0 <= value < math.inf:
+        wanted = "a finite number of at least 0, such as 1/255 or 0.004"
+        raise argparse.ArgumentTypeError(f"expected {wanted}, found {text!r}")
+    return value
 
 
 def at_least(low, kind=int):
     """An argparse type: a number of at least `low`, below 2^63."""
-    def parse(text):
-        with contextlib.suppress(ValueError):
-            if low <= (value := kind(text)) < 2**63:
-                return value
-        raise argparse.ArgumentTypeError(f"expected a number of at least {low}, found {text!r}")
-    return parse
+
+    def parse_number(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"expected a number of at least {low}, found {text!r}")
+        return value
+
+    return parse_number
 
 
 def add_arguments(parser):
     """The arguments that every program shares."""
     add = parser.add_argument
-    add("--dataset", default="embedded", choices=["embedded", "folder", *DATASETS], help="embedded: tiny/fashion.npz; folder: your own images")
-    add("--data-root", type=pathlib.Path, default=pathlib.Path("data"), help="folder of the datasets (CoOp's layout), or of your classes")
-    add("--download", action=argparse.BooleanOptionalAction, default=True, help="download missing images and splits, or say where they are to be had")
+    names = ["embedded", "folder", *DATASETS]
+    add("--dataset", default="embedded", choices=names, help="embedded: tiny/; folder: your images")
+    add("--data-root", type=pathlib.Path, default=pathlib.Path("data"), help="folder of the data")
     add("--shots", type=at_least(1), default=16, help="training images per class")
-    add("--classes", choices=["all", "base", "new"], help="all classes (default), or CoOp's first or second half")
-    add("--protocol", choices=["base-to-new"], help="base-to-new: train on the first half of the classes, evaluate on each half")
-    add("--transfer", nargs="+", default=[], choices=["embedded", *DATASETS], metavar="NAME", help="evaluate on these datasets as well, untrained")
-    add("--model", help="tiny, an open_clip name, or local-dir:DIR; default: tiny for the embedded data, else ViT-B-32-quickgelu")
-    add("--pretrained", default="openai", help="open_clip tag, none for random weights, or a checkpoint file (OpenAI's wants a -quickgelu model)")
-    add("--eps", type=fraction, help=f"l_inf radius, of pixels in [0, 1]; default 1/255, {round(255 * TINY_EPS)}/255 for the small CLIP (our choice)")
-    add("--step", type=fraction, help="step of the test attack; default 1/255, and 2.5 radii over all steps in an l2 ball")
-    add("--test-steps", type=at_least(1), default=100, help="steps of the test attack, PGD-N")
-    add("--settle", type=at_least(0), default=5, help="an image broken so many iterates in a row is broken and leaves (our choice); 0: none leaves")
-    add("--norm", default="linf", choices=["linf", "l2"], help="the ball of the test attack; training is always l_inf")
-    add("--test-eps", type=fraction, help="radius of the test attack; default --eps; for l2, a norm over all pixels, to be given")
-    add("--restarts", type=at_least(1), default=1, help="restarts of the test attack, for the best iterate")
-    add("--autoattack", type=at_least(1), metavar="N", help="attack N fixed test images with AutoAttack as well; needs torchattacks")
-    add("--eps-curve", action="store_true", help="robust accuracy under PGD-20 over eps as well, from 0 to where it is 0; needs matplotlib")
-    add("--seed", type=at_least(0), default=1, help="few-shot draw and training; the test attack's starts are the image's own")
-    add("--batch-size", type=at_least(1), default=32, help="training batch, of all processes together")
-    add("--augment", default="crop", choices=["crop", "none"], help="crop: RandomResizedCrop(0.5, 1) and flip (our choice: R-AMT's)")
-    add("--logit-scale", type=at_least(1e-3, float), help="s in the classifier; default the model's own, 100 for OpenAI's CLIP")
-    add("--test-batch-size", type=at_least(1), default=128, help="evaluation batch")
+    add("--classes", default="all", choices=["all", "base", "new"], help="CoOp's halves, or all")
+    targets = ["new", "embedded", *DATASETS]
+    transfer = "evaluate on these, too; `new` with --classes base gives H"
+    add("--transfer", nargs="+", default=[], choices=targets, metavar="NAME", help=transfer)
+    model = "tiny, an open_clip name, or local-dir:DIR; default tiny for embedded data, else"
+    add("--model", help=f"{model} ViT-B-32-quickgelu")
+    weights = "open_clip's tag, a checkpoint file, or none for random weights"
+    add("--pretrained", default="openai", help=weights)
+    eps = f"l_inf radius in pixels; default 1/255, and {round(255 * TINY_EPS)}/255 for tiny"
+    add("--eps", type=fraction, help=f"{eps} (our choice)")
+    add("--test-steps", type=at_least(1), default=100, help="PGD steps of the test attack")
+    add("--test-limit", type=at_least(1), help="test on so many images, a fixed random choice")
+    add("--split", default="test", choices=["test", "val"], help="val: for choosing arguments")
+    add("--seed", type=at_least(0), default=1, help="of the few-shot draw and of the training")
+    batch = "images of a training step; evaluation takes four times as many at once"
+    add("--batch-size", type=at_least(1), default=32, help=batch)
+    augment = "crop: RandomResizedCrop(0.5, 1) and flip (our choice: R-AMT's)"
+    add("--augment", default="crop", choices=["crop", "none"], help=augment)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
-    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: bfloat16 on a CPU that has it, else float32")
-    add("--attention", default="auto", choices=["auto", "torch"], help="auto: the attention kernel that is fast here; torch: its own choice")
-    add("--out", type=pathlib.Path, default=pathlib.Path("runs"), help="folder of the result files")
-    add("--load", type=pathlib.Path, help="evaluate this adapter.safetensors (or its folder) instead of training")
-    add("--export", type=pathlib.Path, help="write the merged model as an open_clip folder")
-    add("--test-limit", type=at_least(1), help="evaluate N of the images, a random choice that is always the same")
-    add("--after-only", action="store_true", help="do not evaluate zero-shot first: it is the same for every run on the same images")
-    add("--split", default="test", choices=["test", "val"], help="evaluate on test, or on the whole val set: for choosing arguments")
+    dtypes = ["auto", "float32", "bfloat16", "float16"]
+    dtype = "auto: bfloat16 where the hardware computes in it, else float32"
+    add("--dtype", default="auto", choices=dtypes, help=dtype)
+    add("--out", type=pathlib.Path, default=pathlib.Path("runs"), help="folder of the results")
+    add("--load", type=pathlib.Path, metavar="RUN", help="evaluate this run's adapter, no training")
+    add("--export", type=pathlib.Path, metavar="DIR", help="write the merged model for open_clip")
 
 
 def parse(parser, argv=None):
-    """Parse, fill the defaults that depend on others, set the seed and the CPU's fast attention path. Raises Fault."""
+    """Parse, fill the defaults that depend on others, set seed and attention kernel.
+
+    Under torchrun it joins the process group as well. Raises Fault.
+    """
     args = parser.parse_args(argv)
-    args.model = args.model or ("tiny" if args.dataset == "embedded" else "ViT-B-32-quickgelu")
-    args.eps = args.eps if args.eps is not None else TINY_EPS if args.model == "tiny" else 1 / 255
-    if args.test_eps is None and args.norm == "l2":
-        raise Fault("--norm l2 needs --test-eps, an l2 radius over all pixels, such as 0.5")
-    args.test_eps = args.eps if args.test_eps is None else args.test_eps
-    args.step = args.step if args.step is not None else 1 / 255 if args.norm == "linf" else 2.5 * args.test_eps / args.test_steps
-    if args.protocol and args.classes:
-        raise Fault("--protocol base-to-new trains on base and evaluates base and new; leave out --classes")
+    if args.model is None:
+        args.model = "tiny" if args.dataset == "embedded" else "ViT-B-32-quickgelu"
+    if args.eps is None:
+        args.eps = TINY_EPS if args.model == "tiny" else 1 / 255
+    if args.eps > 0.5:
+        meant = f"did you mean {args.eps:g}/255?"
+        raise Fault(f"--eps {args.eps:g} is more than half the range of a pixel, 0 to 1; {meant}")
+    if "new" in args.transfer and args.classes != "base":
+        raise Fault("--transfer new needs --classes base: train on one half, test on the other")
     if len({args.dataset, *args.transfer}) <= len(args.transfer):
-        raise Fault(f"--transfer {' '.join(args.transfer)} names a dataset twice, or --dataset {args.dataset} itself; name each once")
-    args.classes = args.classes or ("base" if args.protocol else "all")
+        named = f"--transfer {' '.join(args.transfer)}"
+        raise Fault(f"{named} names a dataset twice, or --dataset {args.dataset}; name each once")
     if args.dtype == "float16":
-        raise Fault("--dtype float16 is refused: small gradients become zero in it, and the attack looks weak; use float32 or bfloat16")
-    if args.autoattack and not importlib.util.find_spec("torchattacks"):
-        raise Fault(TORCHATTACKS)
-    if args.eps_curve and not importlib.util.find_spec("matplotlib"):
-        raise Fault("--eps-curve draws with matplotlib; install it with: pip install matplotlib")
-    args.device = f"cuda:{os.environ['LOCAL_RANK']}" if WORLD > 1 and args.device == "cuda" else args.device
+        raise Fault(f"--dtype float16 is refused: {HALF}")
+    if "LOCAL_RANK" in os.environ and args.device == "cuda":
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as fault:
-        raise Fault(f"device {args.device!r} cannot be used ({str(fault).splitlines()[0]}); try --device cpu")
+        why = str(fault).splitlines()[0]
+        raise Fault(f"device {args.device!r} cannot be used ({why}); try --device cpu")
     if args.dtype == "auto":
-        flags = pathlib.Path("/proc/cpuinfo").read_text() if args.device == "cpu" and os.path.exists("/proc/cpuinfo") else ""
-        args.dtype = "bfloat16" if "amx_bf16" in flags or "avx512_bf16" in flags else "float32"
-    # torch's flash kernel is slow backwards on short sequences on CPU; this switch governs the CPU kernel as well
-    torch.backends.cuda.enable_flash_sdp(args.device != "cpu" or args.attention == "torch")
+        args.dtype = "bfloat16" if computes_in_bfloat16(args.device) else "float32"
+    # the flash kernel is slow backwards on short sequences on CPU; this switch governs it there too
+    torch.backends.cuda.enable_flash_sdp(args.device != "cpu")
     torch.manual_seed(args.seed)
-    if WORLD > 1:
-        args.export = None if RANK else args.export
+    if torch.distributed.is_torchelastic_launched():
         if args.device != "cpu":
             torch.cuda.set_device(args.device)
-        torch.distributed.init_process_group("gloo" if args.device == "cpu" else "nccl", timeout=datetime.timedelta(days=1))
+        backend = "gloo" if args.device == "cpu" else "nccl"
+        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=1))
     return args
 
 
-# --------------------------------------------------------------------------------------------------------------------------- datasets
-Item = NamedTuple("Item", [("image", object), ("label", int), ("name", str)])    # a path or a uint8 array, its label, its class name
-# class names by label, the prompt template, and three lists of Item
-Data = NamedTuple("Data", [("classes", list), ("template", str), ("train", list), ("val", list), ("test", list)])
-# one line per dataset: folder under the data root, image folder in it, file of the split, md5 of its parsed content (empty: not checked),
-# prompt, and where the images come from: a class of torchvision that downloads them, or an address, files and their size
-Source = NamedTuple("Source", [(key, str) for key in ("folder", "images", "split", "md5", "template", "origin")])
+def computes_in_bfloat16(device):
+    """Does this device multiply in bfloat16, rather than emulate it?"""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # AMX and AVX-512 on x86, BF16 on ARM: as Linux lists them
+    listed = pathlib.Path("/proc/cpuinfo")
+    flags = listed.read_text().split() if device == "cpu" and listed.exists() else []
+    return not {"amx_bf16", "avx512_bf16", "bf16"}.isdisjoint(flags)
 
-SPLITS = "https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/c7e7e68ae4eeadfab98e7886b2d6c9cf48a7ceb5/splits/"
+
+# ------------------------------------------------------------------------------------------------
+# Data
+# ------------------------------------------------------------------------------------------------
+
+
+class Item(NamedTuple):
+    """One image: a path or a uint8 array, its label, its class name."""
+
+    image: object
+    label: int
+    name: str
+
+
+class Data(NamedTuple):
+    """A dataset: class names by label, the prompt's template, three lists of Item."""
+
+    classes: list
+    template: str
+    train: list
+    val: list
+    test: list
+
+
+class Source(NamedTuple):
+    """Where a published dataset lives.
+
+    Its folder under the data root, the image folder in it, the file of the split, the md5 of the
+    split's parsed content (empty: not checked), the prompt, and where the images come from: a class
+    of torchvision that downloads them, or an address, files and their size.
+    """
+
+    folder: str
+    images: str
+    split: str
+    md5: str
+    template: str
+    origin: str
+
+
+# The splits of CoOp; public copies differ by a trailing newline, so their content is compared
+SPLITS = (
+    "https://raw.githubusercontent.com/linzhiqiu/cross_modal_adaptation/"
+    "c7e7e68ae4eeadfab98e7886b2d6c9cf48a7ceb5/splits/"
+)
 PHOTO = "a photo of a {}."
 DATASETS = {
-    "caltech101": Source("caltech-101", "101_ObjectCategories", "split_zhou_Caltech101.json", "06f9c268c38af55e10957bae4bcf47d8",
-                         PHOTO, "Caltech101"),
-    "dtd": Source("dtd", "images", "split_zhou_DescribableTextures.json", "c2b3f429a5c72f41ba7dbe2c6fb8d9a9", "{} texture.", "DTD"),
-    "eurosat": Source("eurosat", "2750", "split_zhou_EuroSAT.json", "c3e7c2c2b11e4d6afe26aa9a5b3735be",
-                      "a centered satellite photo of {}.", "EuroSAT"),
-    "fgvc_aircraft": Source("fgvc_aircraft", "images", "images_variant_train.txt", "", "a photo of a {}, a type of aircraft.", "FGVCAircraft"),
-    "food101": Source("food-101", "images", "split_zhou_Food101.json", "", "a photo of {}, a type of food.", "Food101"),
-    "imagenet": Source("imagenet", "images", "classnames.txt", "", PHOTO,
-                       "https://image-net.org (ILSVRC2012, train and val as folders of wnids, 145 GB; for classnames.txt see CoOp's DATASETS.md)"),
-    "oxford_flowers": Source("oxford_flowers", "jpg", "split_zhou_OxfordFlowers.json", "395a052b213500e75f4b8d0c5a85a465",
-                             "a photo of a {}, a type of flower.", "Flowers102"),
-    "oxford_pets": Source("oxford_pets", "images", "split_zhou_OxfordPets.json", "7cb3ea48a02575b316c5187147752e2f",
-                          "a photo of a {}, a type of pet.", "OxfordIIITPet"),
-    "stanford_cars": Source("stanford_cars", "", "split_zhou_StanfordCars.json", "8f798c281df9ff2ba29b1fbcff7d1d5b", PHOTO,
-                            "http://ai.stanford.edu/~jkrause/car196/ (cars_train.tgz and cars_test.tgz, 16,185 images, 1.8 GB; often unreachable)"),
-    "sun397": Source("sun397", "SUN397", "split_zhou_SUN397.json", "", PHOTO,
-                     "http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz (108,754 images, 37 GB; often unreachable)"),
-    "tiny_imagenet": Source("tiny-imagenet-200", "", "words.txt", "", PHOTO, "http://cs231n.stanford.edu/tiny-imagenet-200.zip (240 MB)"),
-    "ucf101": Source("ucf101", "UCF-101-midframes", "split_zhou_UCF101.json", "bd5e8d4073fee6f8d2235aafaf4903a9", "a photo of a person doing {}.",
-                     "UCF-101-midframes.zip, linked in CoOp's DATASETS.md, https://github.com/KaiyangZhou/CoOp (13,320 images)"),
+    "caltech101": Source(
+        folder="caltech-101",
+        images="101_ObjectCategories",
+        split="split_zhou_Caltech101.json",
+        md5="06f9c268c38af55e10957bae4bcf47d8",
+        template=PHOTO,
+        origin="Caltech101",
+    ),
+    "dtd": Source(
+        folder="dtd",
+        images="images",
+        split="split_zhou_DescribableTextures.json",
+        md5="c2b3f429a5c72f41ba7dbe2c6fb8d9a9",
+        template="{} texture.",
+        origin="DTD",
+    ),
+    "eurosat": Source(
+        folder="eurosat",
+        images="2750",
+        split="split_zhou_EuroSAT.json",
+        md5="c3e7c2c2b11e4d6afe26aa9a5b3735be",
+        template="a centered satellite photo of {}.",
+        origin="EuroSAT",
+    ),
+    "fgvc_aircraft": Source(
+        folder="fgvc_aircraft",
+        images="images",
+        split="images_variant_train.txt",
+        md5="",
+        template="a photo of a {}, a type of aircraft.",
+        origin="FGVCAircraft",
+    ),
+    "food101": Source(
+        folder="food-101",
+        images="images",
+        split="split_zhou_Food101.json",
+        md5="",
+        template="a photo of {}, a type of food.",
+        origin="Food101",
+    ),
+    "imagenet": Source(
+        folder="imagenet",
+        images="images",
+        split="classnames.txt",
+        md5="",
+        template=PHOTO,
+        origin="https://image-net.org (ILSVRC2012, train and val as folders of wnids, 145 GB; "
+        "for classnames.txt see CoOp's DATASETS.md)",
+    ),
+    "oxford_flowers": Source(
+        folder="oxford_flowers",
+        images="jpg",
+        split="split_zhou_OxfordFlowers.json",
+        md5="395a052b213500e75f4b8d0c5a85a465",
+        template="a photo of a {}, a type of flower.",
+        origin="Flowers102",
+    ),
+    "oxford_pets": Source(
+        folder="oxford_pets",
+        images="images",
+        split="split_zhou_OxfordPets.json",
+        md5="7cb3ea48a02575b316c5187147752e2f",
+        template="a photo of a {}, a type of pet.",
+        origin="OxfordIIITPet",
+    ),
+    "stanford_cars": Source(
+        folder="stanford_cars",
+        images="",
+        split="split_zhou_StanfordCars.json",
+        md5="8f798c281df9ff2ba29b1fbcff7d1d5b",
+        template=PHOTO,
+        origin="http://ai.stanford.edu/~jkrause/car196/ (cars_train.tgz and cars_test.tgz, "
+        "16,185 images, 1.8 GB; often unreachable)",
+    ),
+    "sun397": Source(
+        folder="sun397",
+        images="SUN397",
+        split="split_zhou_SUN397.json",
+        md5="",
+        template=PHOTO,
+        origin="http://vision.princeton.edu/projects/2010/SUN/SUN397.tar.gz "
+        "(108,754 images, 37 GB; often unreachable)",
+    ),
+    "tiny_imagenet": Source(
+        folder="tiny-imagenet-200",
+        images="",
+        split="words.txt",
+        md5="",
+        template=PHOTO,
+        origin="http://cs231n.stanford.edu/tiny-imagenet-200.zip (240 MB)",
+    ),
+    "ucf101": Source(
+        folder="ucf101",
+        images="UCF-101-midframes",
+        split="split_zhou_UCF101.json",
+        md5="bd5e8d4073fee6f8d2235aafaf4903a9",
+        template="a photo of a person doing {}.",
+        origin="UCF-101-midframes.zip, linked in CoOp's DATASETS.md, "
+        "https://github.com/KaiyangZhou/CoOp (13,320 images)",
+    ),
 }
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+IMAGE_SUFFIXES = {
+    ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
+}  # fmt: skip
+PARTS = "train", "val", "test"
 
 
-def load_dataset(name, root, download=True):
+def load_dataset(name, root):
     """The dataset `name` under `root`, downloaded where that is possible -> Data. Raises Fault."""
-    if name != "embedded":
-        return load_folder(root) if name == "folder" else load_published(name, root, download)
-    # 16 train, 4 val and 20 test images per class of Fashion-MNIST, 28 x 28 grey
+    if name == "embedded":
+        return load_embedded()
+    if name == "folder":
+        return load_folder(root)
+    return load_published(name, root)
+
+
+def load_embedded():
+    """tiny/fashion.npz: 16 train, 4 val, 20 test images a class of Fashion-MNIST, 28 x 28 grey."""
     arrays = np.load(HERE / "tiny" / "fashion.npz")
-    names = [str(n) for n in arrays["classes"]]
-    return Data(names, PHOTO, *([Item(x, int(y), names[y]) for x, y in zip(arrays[f"{s}_x"], arrays[f"{s}_y"])] for s in ("train", "val", "test")))
+    names = [str(name) for name in arrays["classes"]]
+    lists = []
+    for part in PARTS:
+        labels = arrays[f"{part}_y"].tolist()
+        lists.append([Item(x, y, names[y]) for x, y in zip(arrays[f"{part}_x"], labels)])
+    return Data(names, PHOTO, *lists)
 
 
 def load_folder(root):
-    """One sub-folder per class; names from classnames.txt (a line per folder, in sorted order) or from the folders. Split like CoOp's random splits:
-    per class, shuffled once with a fixed seed, 50 % train, 20 % val, 30 % test, at least one of each."""
+    """A sub-folder of images per class -> Data. Raises Fault.
+
+    Names come from classnames.txt (a line per folder, in sorted order) or from the folders. Split
+    like CoOp's random splits: per class, shuffled once with a fixed seed, 50 % train, 20 % val,
+    30 % test, at least one of each.
+    """
     if not root.is_dir():
-        raise Fault(f"--data-root {root} is not a folder; expected one with a sub-folder of images per class")
-    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+        wanted = "expected one with a sub-folder of images per class"
+        raise Fault(f"--data-root {root} is not a folder; {wanted}")
+    folders = [p for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")]
+    folders.sort()
     if len(folders) < 2:
         raise Fault(f"{root} has {len(folders)} sub-folders; expected at least 2, one per class")
-    names = [p.name.replace("_", " ") for p in folders]
-    if (root / "classnames.txt").exists():
-        names = [line.strip() for line in (root / "classnames.txt").read_text().split("\n") if line.strip()]
+    names = [folder.name.replace("_", " ") for folder in folders]
+    listed = root / "classnames.txt"
+    if listed.exists():
+        names = [line.strip() for line in read_text(listed).split("\n") if line.strip()]
         if len(names) != len(folders):
-            raise Fault(f"{root / 'classnames.txt'} names {len(names)} classes, expected one line for each of the {len(folders)} sub-folders")
-    parts = [[], [], []]
+            wanted = f"expected one line for each of the {len(folders)} sub-folders"
+            raise Fault(f"{listed} names {len(names)} classes, {wanted}")
+    train, val, test = [], [], []
     for label, folder in enumerate(folders):
         files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if len(files) < 3:
-            raise Fault(f"{folder} has {len(files)} images; expected at least 3, for train, val and test")
+            wanted = "expected at least 3, for train, val and test"
+            raise Fault(f"{folder} has {len(files)} images; {wanted}")
         random.Random(0).shuffle(files)
-        n_val, n_test = max(1, round(0.2 * len(files))), max(1, round(0.3 * len(files)))
-        for part, some in zip(parts, (files[n_val + n_test:], files[:n_val], files[n_val:n_val + n_test])):
-            part += [Item(p, label, names[label]) for p in some]
-    return Data(names, PHOTO, *parts)
+        items = [Item(file, label, names[label]) for file in files]
+        n_val = max(1, round(0.2 * len(files)))
+        n_test = max(1, round(0.3 * len(files)))
+        val += items[:n_val]
+        test += items[n_val : n_val + n_test]
+        train += items[n_val + n_test :]
+    return Data(names, PHOTO, train, val, test)
 
 
-def load_published(name, root, download=True):
-    """A dataset in CoOp's layout: <root>/<folder>/<images>/... and the published split, whose parsed content is checked -> Data. Raises Fault."""
-    source = DATASETS[name]
-    folder, images = root / source.folder, root / source.folder / source.images
-    if not any(path.suffix not in (".json", ".txt") for path in images.glob("*")):
-        download_images(source, root, download)
-    if source.split.endswith(".json") and not (folder / source.split).exists():
-        fetch(SPLITS + source.split, folder / source.split, download)
+def read_text(path):
+    """The text of a file in UTF-8. Raises Fault where it is not."""
     try:
-        reader = {"fgvc_aircraft": read_aircraft, "imagenet": read_wnids, "tiny_imagenet": read_wnids}.get(name)
-        # CoOp's split file: {"train": [[path, label, class name], ...], "val": ..., "test": ...}
-        parsed = reader(folder, source) if reader else json.loads((folder / source.split).read_text())
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as fault:
+        raise Fault(f"{path} is not text in UTF-8 ({fault.reason}); save it as UTF-8")
+
+
+def load_published(name, root):
+    """A dataset in CoOp's layout, with its published split, whose content is checked -> Data."""
+    source = DATASETS[name]
+    folder = root / source.folder
+    images = folder / source.images
+    if not any(path.suffix not in (".json", ".txt") for path in images.glob("*")):
+        download_images(source, root)
+    split = folder / source.split
+    if split.suffix == ".json" and not split.exists():
+        fetch(SPLITS + source.split, split)
+    try:
+        if name == "fgvc_aircraft":
+            parsed = read_aircraft(folder)
+        elif name in ("imagenet", "tiny_imagenet"):
+            parsed = read_wnids(images, split)
+        else:
+            # CoOp's file: {"train": [[path, label, class name], ...], "val": ..., "test": ...}
+            parsed = json.loads(split.read_text())
     except (OSError, ValueError, KeyError) as fault:
         kind = "is not JSON" if isinstance(fault, json.JSONDecodeError) else "cannot be read"
-        raise Fault(f"{folder / source.split} {kind} ({type(fault).__name__}: {fault}); delete it, and the next run fetches it again")
+        why = f"{type(fault).__name__}: {fault}"
+        raise Fault(f"{split} {kind} ({why}); delete it, and the next run fetches it again")
     md5 = hashlib.md5(json.dumps(parsed, sort_keys=True).encode()).hexdigest()
     if source.md5 and md5 != source.md5:
-        raise Fault(f"{folder / source.split} is not the published split (content {md5}, expected {source.md5}); delete it: the next run fetches it")
-    parts = [[Item(images / path, label, label_name) for path, label, label_name in parsed[s]] for s in ("train", "val", "test")]
-    names = {item.label: item.name for item in parts[0]}
-    return Data([names[label].replace("_", " ") for label in sorted(names)], source.template, *parts)
+        found = f"content {md5}, expected {source.md5}"
+        raise Fault(f"{split} is not the published split ({found}); delete it: it is fetched again")
+    lists = []
+    for part in PARTS:
+        lists.append([Item(images / path, label, word) for path, label, word in parsed[part]])
+    names = {item.label: item.name for item in lists[0]}
+    classes = [names[label].replace("_", " ") for label in sorted(names)]
+    return Data(classes, source.template, *lists)
 
 
-def read_aircraft(folder, source):
-    """FGVC-Aircraft's own lists: a line is `<image> <variant>`; labels are the lines of variants.txt."""
-    names, parsed = (folder / "variants.txt").read_text().split("\n"), {}
-    for part in ("train", "val", "test"):
-        lines = (folder / source.split.replace("train", part)).read_text().strip().split("\n")
-        parsed[part] = [[f"{image}.jpg", names.index(name), name] for image, name in (line.split(" ", 1) for line in lines)]
+def read_aircraft(folder):
+    """FGVC-Aircraft's own lists: a line is `<image> <variant>`; labels are variants.txt's lines."""
+    names = (folder / "variants.txt").read_text().split("\n")
+    parsed = {}
+    for part in PARTS:
+        parsed[part] = []
+        for line in (folder / f"images_variant_{part}.txt").read_text().strip().split("\n"):
+            image, name = line.split(" ", 1)
+            parsed[part].append([f"{image}.jpg", names.index(name), name])
     return parsed
 
 
-def read_wnids(folder, source):
-    """ImageNet and Tiny ImageNet: train/<wnid>/..., labels are the sorted wnids; the published test set is val, which is both here, as in CoOp."""
-    images, lines = folder / source.images, (folder / source.split).read_text().strip().split("\n")
-    names = {wnid: name.split(",")[0] for wnid, name in (line.replace("\t", " ").split(" ", 1) for line in lines)}
-    labels = {path.name: label for label, path in enumerate(sorted(p for p in (images / "train").iterdir() if p.is_dir()))}
-    train = [(path, wnid) for wnid in labels for path in sorted((images / "train" / wnid).rglob("*.JPEG"))]
+def read_wnids(images, words):
+    """ImageNet and Tiny ImageNet: train/<wnid>/..., labels are the sorted wnids.
+
+    The published test set is val, which is both here, as in CoOp.
+    """
+    names = {}
+    for line in words.read_text().strip().split("\n"):
+        wnid, name = line.replace("\t", " ").split(" ", 1)
+        names[wnid] = name.split(",")[0]
+    wnids = sorted(path.name for path in (images / "train").iterdir() if path.is_dir())
+    train, val = [], []
+    for label, wnid in enumerate(wnids):
+        for path in sorted((images / "train" / wnid).rglob("*.JPEG")):
+            train.append([str(path.relative_to(images)), label, names[wnid]])
+        for path in sorted((images / "val" / wnid).glob("*.JPEG")):
+            val.append([str(path.relative_to(images)), label, names[wnid]])
     notes = images / "val" / "val_annotations.txt"
-    val = ([(images / "val" / "images" / line.split("\t")[0], line.split("\t")[1]) for line in notes.read_text().strip().split("\n")]
-           if notes.exists() else [(path, wnid) for wnid in labels for path in sorted((images / "val" / wnid).glob("*.JPEG"))])
-    train, val = ([[str(path.relative_to(images)), labels[wnid], names[wnid]] for path, wnid in part] for part in (train, val))
+    if notes.exists():  # Tiny ImageNet keeps all images of val in one folder
+        for line in notes.read_text().strip().split("\n"):
+            file, wnid = line.split("\t")[:2]
+            val.append([f"val/images/{file}", wnids.index(wnid), names[wnid]])
     return {"train": train, "val": val, "test": val}
 
 
-def fetch(url, path, download=True):
-    """Download a small file under a temporary name, then rename. Raises Fault with the address, the folder and the file."""
+def fetch(url, path):
+    """Download a small file, whole or not at all. Raises Fault: the address, the file to put."""
     try:
-        if not download:
-            raise OSError("--no-download")
         with urllib.request.urlopen(url, timeout=60) as answer:
             content = answer.read()
     except (OSError, http.client.HTTPException) as fault:
@@ -303,205 +508,633 @@ def fetch(url, path, download=True):
     write(path, content)
 
 
-def download_images(source, root, download=True):
-    """Let torchvision download and unpack into a temporary folder, then move the images, and text files beside them, to CoOp's place."""
+def download_images(source, root):
+    """Let torchvision download and unpack into a temporary folder, then move to CoOp's place."""
     target = root / source.folder / source.images
-    if not download or not source.origin.isalnum():
-        origin = f"torchvision.datasets.{source.origin}" if source.origin.isalnum() else source.origin
-        raise Fault(f"{target} is missing; get {origin}, and put the images there by hand, or set --data-root")
+    by_hand = "put the images there by hand, or set --data-root"
+    if not source.origin.isalnum():
+        raise Fault(f"{target} is missing; get {source.origin}, and {by_hand}")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=root, prefix="download-") as scratch:
         try:
-            with contextlib.suppress(ImportError):    # Flowers102 wants scipy for labels that are not used here
+            with contextlib.suppress(ImportError):  # Flowers102 wants scipy, for unused labels
                 getattr(torchvision.datasets, source.origin)(scratch, download=True)
         except (OSError, http.client.HTTPException, RuntimeError, ValueError, EOFError) as fault:
             if getattr(fault, "errno", None) == errno.ENOSPC:
                 raise
-            raise Fault(f"{target} is missing, and torchvision's download failed ({fault}); put the images there by hand, or set --data-root")
-        found = next((p for p in sorted(pathlib.Path(scratch).rglob(source.images)) if p.is_dir()), None)
-        if found is None:
-            raise Fault(f"torchvision's download holds no folder {source.images}; put the images at {target} by hand")
-        for path in (*found.parent.glob("*.txt"), found):
+            origin = f"torchvision.datasets.{source.origin}"
+            raise Fault(f"{target} is missing, and {origin} failed ({fault}); {by_hand}")
+        found = [p for p in sorted(pathlib.Path(scratch).rglob(source.images)) if p.is_dir()]
+        if not found:
+            raise Fault(f"torchvision's download holds no folder {source.images}; {by_hand}")
+        for path in (*found[0].parent.glob("*.txt"), found[0]):
             os.replace(path, target.parent / path.name)
 
 
 def few_shot(train, val, k, seed):
-    """CoOp's k-shot draw -> (k items per class of train, min(k, 4) per class of val); a class with fewer gives all it has.
-    Equal to the published index files, order included: one generator, classes in order of first appearance, train before val.
+    """CoOp's k-shot draw -> (k items a class of train, min(k, 4) a class of val).
+
+    Equal to the published index files, order included: one generator, classes in order of first
+    appearance, train before val. A class with fewer items gives all it has.
     """
-    generator, drawn = random.Random(seed), []
+    generator = random.Random(seed)
+    drawn = []
     for items, n in ((train, k), (val, min(k, 4))):
         groups = {}
         for item in items:
             groups.setdefault(item[1], []).append(item)
-        drawn.append([item for group in groups.values() for item in (generator.sample(group, n) if len(group) >= n else group)])
+        chosen = []
+        for group in groups.values():
+            chosen += generator.sample(group, n) if len(group) >= n else group
+        drawn.append(chosen)
     return drawn[0], drawn[1]
 
 
 def half(data, part):
-    """CoOp's base or new classes: labels sorted, the first ceil(n/2) are base, the rest new, relabelled from 0. `all`: unchanged."""
+    """CoOp's base (the first ceil(n/2) labels) or new classes, relabelled from 0; all: `data`."""
     if part == "all":
         return data
     n = len(data.classes)
-    keep = range(math.ceil(n / 2)) if part == "base" else range(math.ceil(n / 2), n)
-    parts = ([item._replace(label=item.label - keep.start) for item in items if item.label in keep] for items in data[2:])
-    return Data([data.classes[label] for label in keep], data.template, *parts)
+    middle = math.ceil(n / 2)
+    keep = range(middle) if part == "base" else range(middle, n)
+    lists = []
+    for items in (data.train, data.val, data.test):
+        mine = [item for item in items if item.label in keep]
+        lists.append([item._replace(label=item.label - keep.start) for item in mine])
+    return Data([data.classes[label] for label in keep], data.template, *lists)
 
 
-def decode(items, size, crop):
-    """Decode once -> list of uint8 (3, h, w). crop: CLIP's test view, `size` square; else the short side is 1.25 size, for random crops."""
-    side = size if crop else round(1.25 * size)
-    shrink = v2.Compose([v2.Resize(side, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size) if crop else v2.Identity(), v2.PILToTensor()])
+def read_image(item):
+    """-> a PIL image in RGB. Raises Fault where it is missing or broken."""
+    try:
+        if isinstance(item.image, np.ndarray):
+            return Image.fromarray(item.image).convert("RGB")
+        return Image.open(item.image).convert("RGB")
+    except FileNotFoundError:
+        raise Fault(f"image {item.image} is missing, but listed; is the dataset complete?")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as fault:
+        raise Fault(f"image {item.image} cannot be read ({fault}); replace or remove it")
 
-    def one(item):
-        try:
-            picture = Image.fromarray(item.image) if isinstance(item.image, np.ndarray) else Image.open(item.image)
-            return shrink(picture.convert("RGB"))
-        except FileNotFoundError:
-            raise Fault(f"image {item.image} is missing; the split names it: is the dataset complete?")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as fault:
-            raise Fault(f"image {item.image} cannot be read ({fault}); replace or remove it")
+
+class TestImages(Dataset):
+    """CLIP's test view of items, decoded when asked for: ((3, size, size) uint8, label)."""
+
+    __test__ = False  # not pytest's
+
+    def __init__(self, items, size):
+        self.items = items
+        bicubic = v2.InterpolationMode.BICUBIC
+        self.view = v2.Compose([v2.Resize(size, bicubic), v2.CenterCrop(size), v2.PILToTensor()])
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.view(read_image(self.items[i])), self.items[i].label
+
+
+def decode(items, size):
+    """Decode training images once -> [((3, h, w) uint8, label), ...].
+
+    The short side is a quarter longer than `size`: room for random crops.
+    """
+    shrink = v2.Compose(
+        [v2.Resize(round(1.25 * size), v2.InterpolationMode.BICUBIC), v2.PILToTensor()]
+    )
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        return list(pool.map(one, items))
+        pictures = list(pool.map(lambda item: shrink(read_image(item)), items))
+    return list(zip(pictures, [item.label for item in items]))
 
 
-def test_set(items, size):
-    """CLIP's test view of items -> x (n, 3, size, size) uint8, y (n,)."""
-    return torch.stack(decode(items, size, crop=True)), torch.tensor([item.label for item in items])
+def batches(images, size, batch_size, steps, augment="crop", device="cpu"):
+    """Training batches of [((3, h, w) uint8, label), ...], reshuffled every epoch.
 
-
-def test_split(data, args, size):
-    """The images that --split and --test-limit choose, as test_set gives them."""
-    items = data.test if args.split == "test" else data.val
-    items = random.Random(0).sample(items, min(args.test_limit, len(items))) if args.test_limit else items
-    return test_set(items, size)
-
-
-def batches(items, size, args, steps):
-    """`steps` training batches: x (b, 3, size, size) float in [0, 1], y (b,). RandomResizedCrop(0.5, 1) and flip; epochs reshuffled."""
-    pictures, labels = decode(items, size, crop=args.augment == "none"), torch.tensor([item.label for item in items])
-    view = v2.Compose([v2.RandomResizedCrop(size, (0.5, 1.0), interpolation=v2.InterpolationMode.BICUBIC), v2.RandomHorizontalFlip()])
-    view = v2.Identity() if args.augment == "none" else view
+    Yields `steps` times x (b, 3, size, size) in [0, 1], y (b,). augment: crop, that is
+    RandomResizedCrop(0.5, 1) and flip, or none, CLIP's test view.
+    """
+    bicubic = v2.InterpolationMode.BICUBIC
+    if augment == "crop":
+        crop = v2.RandomResizedCrop(size, (0.5, 1.0), interpolation=bicubic)
+        view = v2.Compose([crop, v2.RandomHorizontalFlip()])
+    else:
+        view = v2.Compose([v2.Resize(size, bicubic), v2.CenterCrop(size)])
+    batch_size = min(batch_size, len(images))
     order = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
-        while len(order) < min(args.batch_size, len(items)):
-            order = torch.cat([order, torch.randperm(len(items))])
-        picks, order = order[:args.batch_size], order[args.batch_size:]
-        yield (torch.stack([view(pictures[i]) for i in picks]) / 255).to(args.device), labels[picks].to(args.device)
+        while len(order) < batch_size:
+            order = torch.cat([order, torch.randperm(len(images))])
+        picks, order = order[:batch_size], order[batch_size:]
+        x = torch.stack([view(images[i][0]) for i in picks]) / 255
+        y = torch.tensor([images[i][1] for i in picks])
+        yield x.to(device), y.to(device)
 
 
-# ------------------------------------------------------------------------------------------------------------------------------- CLIP
-TINY_EPS = 3 / 255    # zero-shot PGD accuracy of the small CLIP falls below 10 % on both its test sets: README
+# ------------------------------------------------------------------------------------------------
+# CLIP
+# ------------------------------------------------------------------------------------------------
+
+# zero-shot PGD accuracy of the small CLIP falls below 10 % on both its test sets (our choice)
+TINY_EPS = 3 / 255
 
 
 def load_clip(model, pretrained="openai", device="cpu"):
-    """-> an open_clip model in eval mode, frozen, and its configuration (model_cfg, preprocess_cfg). Raises Fault.
+    """-> an open_clip model in eval mode, frozen; its configuration. Raises Fault.
 
-    `tiny` is the small CLIP in tiny/: rows of the token embedding that its training never touched are not stored, and are zero here.
+    The configuration holds model_cfg and preprocess_cfg, as an exported folder does.
     """
     if model == "tiny":
-        config = json.loads((HERE / "tiny" / "open_clip_config.json").read_text())
-        state = {k: v.float() for k, v in safetensors.torch.load_file(HERE / "tiny" / "weights.safetensors").items()}
-        rows, clip = state.pop("token_embedding.rows").long(), open_clip.CLIP(**config["model_cfg"])
-        state["token_embedding.weight"] = torch.zeros_like(clip.token_embedding.weight).index_copy(0, rows, state["token_embedding.weight"])
-        clip.load_state_dict(state)
-        open_clip.model.set_model_preprocess_cfg(clip, {"size": config["model_cfg"]["vision_cfg"]["image_size"], **config["preprocess_cfg"]})
+        clip, config = load_tiny()
     else:
-        if model not in open_clip.list_models() and not model.startswith("local-dir:"):
-            raise Fault(f"unknown model {model!r}; expected tiny, local-dir:DIR or one of open_clip's, such as ViT-B-32-quickgelu")
-        if pretrained == "openai" and f"{model}-quickgelu" in open_clip.list_models():
-            raise Fault(f"{model} would run OpenAI's weights with another activation; use --model {model}-quickgelu")
-        tag = None if pretrained == "none" or model.startswith("local-dir:") else pretrained
-        try:
-            logging.disable(logging.CRITICAL)    # open_clip logs what it raises as well
-            clip, _, _ = open_clip.create_model_and_transforms(model, pretrained=tag)
-        except Exception as fault:    # open_clip raises whatever its downloaders raise
-            raise Fault(f"could not load {model} with weights {tag!r} ({type(fault).__name__}: {str(fault)[:200]}); without a network, give "
-                        "--pretrained a checkpoint file, or none for random weights")
-        finally:
-            logging.disable(logging.NOTSET)
-        config = {"model_cfg": open_clip.get_model_config(model), "preprocess_cfg": open_clip.model.get_model_preprocess_cfg(clip)}
+        clip, config = load_open_clip(model, pretrained)
     text = config["model_cfg"]["text_cfg"]
-    if not hasattr(clip.visual, "transformer") or "hf_tokenizer_name" in text or text.get("vocab_size", 49408) != 49408:
-        raise Fault(f"{model} has no vision transformer, or not CLIP's tokenizer; expected a ViT such as ViT-B-32-quickgelu")
+    own_words = "hf_tokenizer_name" in text or text.get("vocab_size", 49408) != 49408
+    if not hasattr(clip.visual, "transformer") or own_words:
+        wanted = "expected a ViT such as ViT-B-32-quickgelu"
+        raise Fault(f"{model} has no vision transformer, or not CLIP's tokenizer; {wanted}")
     return clip.eval().requires_grad_(False).to(device), config
 
 
-class Classifier(nn.Module):
-    """Zero-shot CLIP as a plain network: pixels (b, 3, h, w) in [0, 1] -> logits (b, classes), f(x) = s <z/|z|, t_c/|t_c|>.
+def load_tiny():
+    """The small CLIP in tiny/. Token embeddings that its training never used are zero."""
+    config = json.loads((HERE / "tiny" / "open_clip_config.json").read_text())
+    clip = open_clip.CLIP(**config["model_cfg"])
+    state = safetensors.torch.load_file(HERE / "tiny" / "weights.safetensors")
+    rows = state.pop("token_embedding.rows").long()
+    used = state.pop("token_embedding.weight").float()
+    state["token_embedding.weight"] = torch.zeros_like(clip.token_embedding.weight)
+    state["token_embedding.weight"][rows] = used
+    clip.load_state_dict(state)
+    size = config["model_cfg"]["vision_cfg"]["image_size"]
+    open_clip.model.set_model_preprocess_cfg(clip, {"size": size, **config["preprocess_cfg"]})
+    return clip, config
 
-    Text features are computed once, by set_classes. With dtype bfloat16 the image tower runs under autocast, except the patch embedding: in bfloat16
-    it would round the pixels by about as much as an attack moves them, a hidden defence worth 5 points at 1/255 (results/precision.py).
+
+def load_open_clip(model, pretrained):
+    """A model of open_clip, by name or from a folder -> model, configuration. Raises Fault."""
+    known = open_clip.list_models()
+    local = model.startswith("local-dir:")
+    if model not in known and not local:
+        wanted = "tiny, local-dir:DIR or one of open_clip's, such as ViT-B-32-quickgelu"
+        raise Fault(f"unknown model {model!r}; expected {wanted}")
+    if pretrained == "openai" and f"{model}-quickgelu" in known:
+        better = f"use --model {model}-quickgelu"
+        raise Fault(f"{model} would run OpenAI's weights with another activation; {better}")
+    tag = None if pretrained == "none" or local else pretrained
+    logging.disable(logging.CRITICAL)  # open_clip logs what it raises as well
+    try:
+        clip, _, _ = open_clip.create_model_and_transforms(model, pretrained=tag)
+    except Exception as fault:  # open_clip raises whatever its downloaders raise
+        why = f"{type(fault).__name__}: {str(fault)[:200]}"
+        instead = "without a network, give --pretrained a checkpoint file, or none"
+        raise Fault(f"could not load {model} with weights {tag!r} ({why}); {instead}")
+    finally:
+        logging.disable(logging.NOTSET)
+    preprocess = open_clip.model.get_model_preprocess_cfg(clip)
+    return clip, {"model_cfg": open_clip.get_model_config(model), "preprocess_cfg": preprocess}
+
+
+class PatchEmbedding(nn.Module):
+    """A convolution whose kernel is its stride, as a matrix product in float32.
+
+    pixels (b, 3, h, w) -> (b, d, h/p, w/p); `weight` (d, 3, p, p) is the convolution's own. Under
+    autocast a convolution would round the pixels to bfloat16, by about as much as an attack moves
+    them: 5 points of false robustness at 1/255. Backwards, the product is several times as fast.
     """
 
-    def __init__(self, clip, config, classes, template="a photo of a {}.", dtype="float32", scale=None):
+    def __init__(self, convolution):
         super().__init__()
-        self.scale = clip.logit_scale.exp().item() if scale is None else scale
-        self.clip, self.config, self.dtype = clip, config, getattr(torch, dtype)
-        self.size = int(np.max(clip.visual.preprocess_cfg["size"]))    # a number, or the same number twice
-        clip.visual.conv1.__class__ = Float32Conv2d
-        tower = clip.visual.transformer    # tokens first: attention would transpose (b, tokens, d), which is slow on CPUs: tests/benchmarks/layout.py
-        for part in [tower, *(block.attn for block in tower.resblocks)] if isinstance(tower.resblocks[0].attn, nn.MultiheadAttention) else []:
-            part.batch_first = False
+        if convolution.kernel_size != convolution.stride or convolution.bias is not None:
+            raise ValueError("expected a convolution without a bias whose kernel is its stride")
+        self.weight = convolution.weight
+
+    def forward(self, x):
+        b, channels, h, w = x.shape
+        d, _, p, _ = self.weight.shape
+        with torch.autocast(x.device.type, enabled=False):
+            patches = x.float().reshape(b, channels, h // p, p, w // p, p)
+            patches = patches.permute(0, 2, 4, 1, 3, 5).reshape(b, -1, channels * p * p)
+            z = patches @ self.weight.flatten(1).T  # (b, patches, d)
+            return z.transpose(1, 2).reshape(b, d, h // p, w // p)
+
+
+class Classifier(nn.Module):
+    """Zero-shot CLIP as a plain network: pixels (b, 3, h, w) in [0, 1] -> logits (b, classes).
+
+    f(x) = s <z/|z|, t_c/|t_c|>, s the logit scale. Text features are computed once, by set_classes.
+    With dtype bfloat16 the image tower runs under autocast, except the patch embedding.
+    """
+
+    def __init__(self, clip, config, classes, template=PHOTO, dtype="float32"):
+        super().__init__()
+        self.clip = clip
+        self.config = config
+        self.dtype = getattr(torch, dtype)
+        self.scale = clip.logit_scale.exp().item()
+        preprocess = clip.visual.preprocess_cfg
+        self.size = int(np.max(preprocess["size"]))  # a number, or the same number twice
         for key in ("mean", "std"):
-            self.register_buffer(key, torch.tensor(clip.visual.preprocess_cfg[key], device=clip.logit_scale.device)[:, None, None])
-        self.eval().set_classes(classes, template)
+            values = torch.tensor(preprocess[key], device=clip.logit_scale.device)
+            self.register_buffer(key, values[:, None, None])
+        if not isinstance(clip.visual.conv1, PatchEmbedding):
+            clip.visual.conv1 = PatchEmbedding(clip.visual.conv1)
+        tokens_first(clip.visual.transformer)
+        self.eval()
+        self.set_classes(classes, template)
 
     def set_classes(self, classes, template):
         """Classify among these from now on."""
-        tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=self.config["model_cfg"]["text_cfg"].get("context_length", 77))
-        self.register_buffer("tokens", tokenizer([template.format(name) for name in classes]).to(self.mean.device))
+        self.classes = list(classes)
+        self.template = template
+        length = self.config["model_cfg"]["text_cfg"].get("context_length", 77)
+        tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=length)
+        tokens = tokenizer([template.format(name) for name in classes])
+        self.register_buffer("tokens", tokens.to(self.mean.device))
         with torch.no_grad():
             self.register_buffer("text", self.encode_classes())
 
     def encode_classes(self):
         """t_c / |t_c| of every class's prompt   (classes, d)"""
-        return torch.cat([self.clip.encode_text(t, normalize=True) for t in self.tokens.split(256)])
+        parts = [self.clip.encode_text(t, normalize=True) for t in self.tokens.split(256)]
+        return torch.cat(parts)
 
     def forward(self, x):
-        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            z = self.clip.encode_image((x - self.mean) / self.std)                     # (b, d)
+        low = torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32)
+        # cached: attention asks for its weight nine times; a parametrised one is computed once
+        with low, parametrize.cached():
+            z = self.clip.encode_image((x - self.mean) / self.std)  # (b, d)
         return self.scale * F.normalize(z.float(), dim=-1) @ self.text.T
 
 
+def tokens_first(transformer):
+    """Run (tokens, b, d) through the blocks: open_clip's (b, tokens, d) is slow on CPUs."""
+    if isinstance(transformer.resblocks[0].attn, nn.MultiheadAttention):
+        transformer.batch_first = False
+        for block in transformer.resblocks:
+            block.attn.batch_first = False
+
+
+def check_names(classes, template, config):
+    """Print a warning where two classes share a name, or a prompt does not fit the text tower."""
+    length = config["model_cfg"]["text_cfg"].get("context_length", 77)
+    tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=length)
+    seen = set()
+    for name in classes:
+        if name in seen:
+            print(f"WARNING: two classes are called {name!r}: they cannot be told apart")
+        seen.add(name)
+        needed = len(tokenizer.encode(template.format(name))) + 2  # start and end token
+        if needed > length:
+            print(f"WARNING: of the {needed} tokens of {name!r}'s prompt only {length} are read")
+
+
 def prepare(args):
-    """Load what the arguments name -> classifier, the few-shot training items, and a function that evaluates what the classifier has become: on the
-    classes that are trained, and on those that --protocol and --transfer add, the result's "transfer": {name: result}."""
-    if RANK:    # process 0 loads first, and downloads
+    """Load what the arguments name -> classifier, training images, test sets.
+
+    The training images are as `decode` gives them. The test sets are {name: (Data, TestImages)}:
+    that of --dataset first, then those that --transfer adds.
+    """
+    rank, world = processes()
+    if rank:  # process 0 loads first, and downloads
         torch.distributed.barrier()
-    data = load_dataset(args.dataset, args.data_root, args.download)
-    data = data._replace(train=few_shot(data.train, data.val, args.shots, args.seed)[0])    # drawn on all classes, then halved, as in CoOp
-    targets = {args.dataset: half(data, args.classes), **({"new": half(data, "new")} if args.protocol else {}),
-               **{name: load_dataset(name, args.data_root, args.download) for name in args.transfer}}
-    if min(len(target.classes) for target in targets.values()) < 2:
-        raise Fault(f"{args.dataset} has {len(data.classes)} classes, too few to halve; expected at least 4, so that each half has 2 to tell apart")
-    data = targets[args.dataset]
-    classifier = Classifier(*load_clip(args.model, args.pretrained, args.device), data.classes, data.template, args.dtype, args.logit_scale)
-    if min(args.batch_size, len(data.train)) < WORLD:
-        raise Fault(f"{WORLD} processes cannot share a batch of {min(args.batch_size, len(data.train))} images; start fewer")
-    if WORLD > 1 and not RANK:
+    whole = load_dataset(args.dataset, args.data_root)
+    # drawn on all classes, then halved, as in CoOp
+    shots, _ = few_shot(whole.train, whole.val, args.shots, args.seed)
+    chosen = {args.dataset: half(whole._replace(train=shots), args.classes)}
+    for name in args.transfer:
+        chosen[name] = half(whole, "new") if name == "new" else load_dataset(name, args.data_root)
+    for data in chosen.values():
+        if len(data.classes) < 2:
+            wanted = "expected at least 4, so that each half has 2 to tell apart"
+            raise Fault(f"{args.dataset} has {len(whole.classes)} classes, too few; {wanted}")
+    clip, config = load_clip(args.model, args.pretrained, args.device)
+    data = chosen[args.dataset]
+    classifier = Classifier(clip, config, data.classes, data.template, args.dtype)
+    if world > 1 and not rank:
         torch.distributed.barrier()
-    images = {name: test_split(target, args, classifier.size) for name, target in targets.items()}
-    print(f"{args.model} on {args.dataset}: {len(data.classes)} classes, {len(data.train)} training and {len(images[args.dataset][1])} {args.split} "
-          f"images, {classifier.size} px, eps {255 * args.eps:g}/255, {args.dtype} on {args.device}, logit scale {classifier.scale:.1f}",
-          *(f"; {name}: {len(targets[name].classes)} classes, {len(images[name][1])} images" for name in list(targets)[1:]), sep="")
-
-    def measure():
-        results = {}
-        for name in reversed(targets):    # the training classes come last, and stay
-            classifier.set_classes(targets[name].classes, targets[name].template)    # again, as training may have changed the text tower
-            results = {name: examine(classifier, *images[name], args), **results}
-        result = results.pop(args.dataset)
-        # H = 4 / (1/bc + 1/ba + 1/nc + 1/na), 0 if one of them is
-        h = {"H": statistics.harmonic_mean(r[key] for r in (result, results["new"]) for key in ("clean", "pgd"))} if args.protocol else {}
-        return result | ({"transfer": results} if results else {}) | h
-    return classifier, data.train, measure
+    train = decode(data.train, classifier.size)
+    tests = {}
+    for name, data in chosen.items():
+        check_names(data.classes, data.template, config)
+        tests[name] = data, test_images(data, args, classifier.size)
+    print(
+        f"{args.model} on {args.dataset}: {len(classifier.classes)} classes, {len(train)} training "
+        f"images, {classifier.size} px, eps {255 * args.eps:g}/255, {args.dtype} on {args.device}"
+    )
+    for name, (data, images) in tests.items():
+        print(f"{args.split} set {name}: {len(data.classes)} classes, {len(images)} images")
+    return classifier, train, tests
 
 
-# ------------------------------------------------------------------------------------------------------------------------------ files
+def test_images(data, args, size):
+    """The images that --split and --test-limit choose, as TestImages."""
+    items = data.test if args.split == "test" else data.val
+    if args.test_limit:
+        items = random.Random(0).sample(items, min(args.test_limit, len(items)))
+    return TestImages(items, size)
+
+
+def measure(classifier, tests, args):
+    """Evaluate the classifier on every test set of `prepare` -> the result on the first.
+
+    Those of the others are under its key "transfer", by name; with the base classes' and `new`
+    there is "H" = 4 / (1/bc + 1/ba + 1/nc + 1/na) as well, 0 if one of the four is.
+    """
+    results = {}
+    for name, (data, images) in reversed(tests.items()):  # the training classes come last, and stay
+        # again, as training may have changed the text tower
+        classifier.set_classes(data.classes, data.template)
+        workers = min(max(1, (os.cpu_count() or 1) // 2), len(images) // 500)
+        with tqdm(total=len(images), desc=name, unit="image", disable=None, leave=False) as bar:
+
+            def progress(done, robust):
+                bar.set_postfix_str(f"PGD-{args.test_steps} {100 * robust / done:.1f} %")
+                bar.update(done - bar.n)
+
+            results[name] = evaluate(
+                classifier,
+                images,
+                args.eps,
+                args.test_steps,
+                batch_size=4 * args.batch_size,
+                workers=workers,
+                progress=progress,
+            )
+    result = results.pop(args.dataset)
+    if results:
+        result["transfer"] = results
+    if "new" in results:
+        new = results["new"]
+        four = [result["clean"], result["pgd"], new["clean"], new["pgd"]]
+        result["H"] = statistics.harmonic_mean(four)
+    return result
+
+
+# ------------------------------------------------------------------------------------------------
+# Robust evaluation: needs torch alone
+# ------------------------------------------------------------------------------------------------
+
+HALF = "small gradients become zero in float16, and the attack looks weak; use float32 or bfloat16"
+
+
+def evaluate(
+    classifier, images, eps, steps=100, step=1 / 255, batch_size=128, workers=0, progress=None
+):
+    """Clean accuracy and accuracy under PGD at the best iterate: lost once any iterate breaks it.
+
+    classifier: a module in eval mode from pixels to logits, with weights. images: a Dataset of
+    (pixels (3, h, w), uint8 or float in [0, 1], label), decoded by `workers` processes while the
+    attack runs. eps and step in pixels. progress(done, robust) is called after every batch. Where
+    torch.distributed runs, every process attacks its share of the images with process 0's weights.
+    Raises ValueError for float16 weights, FloatingPointError for a gradient that is not finite.
+
+    -> dict: clean, noise (the attack's random start alone) and pgd in %; intervals (95 %, of each);
+    zero_gradient (share of the attacked images whose first gradient is 0); flags (sentences, each a
+    reason not to believe these numbers); outcomes (a digit per image: 0 wrong, 1 right until it is
+    attacked, 2 right under attack too).
+    """
+    if any(p.dtype == torch.float16 for p in classifier.parameters()):
+        raise ValueError(f"the classifier has float16 weights: {HALF}")
+    rank, world = processes()
+    if world > 1:
+        for tensor in [*classifier.parameters(), *classifier.buffers()]:
+            torch.distributed.broadcast(tensor.data, 0)
+    device = next(classifier.parameters()).device
+    mine = range(rank, len(images), world)
+    # a generator of its own: the loader must not advance the global one, which the training uses
+    own = torch.Generator()
+    loader = DataLoader(Subset(images, mine), batch_size, num_workers=workers, generator=own)
+
+    rows, done, robust_so_far, low, high = [torch.zeros(0, 6)], 0, 0, 0.0, 1.0
+    for pixels, y in loader:
+        x, y = as_float(pixels).to(device), y.to(device)
+        low, high = min(low, x.min().item()), max(high, x.max().item())
+        start = random_start(x, mine[done : done + len(y)], eps)
+        with torch.no_grad():
+            clean = classifier(x).argmax(1) == y
+            noise = classifier(x + start).argmax(1) == y
+        # an image that is wrong already is broken: only the others are attacked
+        left = clean & noise
+        outcome = attack(classifier, x[left], y[left], start[left], eps, step, steps)
+        row = torch.zeros(len(y), 6, device=device)
+        row[:, 0], row[:, 1] = clean, noise
+        row[left, 2:] = torch.stack([part.float() for part in outcome], 1)
+        rows.append(row.cpu())
+        done += len(y)
+        robust_so_far += int(row[:, 2].sum())
+        if progress:
+            progress(done, robust_so_far)
+
+    clean, noise, robust, zero, early, late = gather(torch.cat(rows), len(images)).T
+    accuracies = {"clean": clean, "noise": noise, "pgd": robust}
+    by_noise = int((clean * (1 - noise)).sum())
+    attacked = int((clean * noise).sum())
+    by_attack = attacked - int(robust.sum())
+    flags = []
+    if any(module.training for module in classifier.modules()):
+        flags.append("the model is in train mode")
+    if low < 0 or high > 1:
+        flags.append(f"pixels range from {low:.2f} to {high:.2f}, not from 0 to 1: eps misleads")
+    if zero.sum() > 0.01 * attacked:
+        share = 100 * zero.sum() / attacked
+        flags.append(f"the first gradient is zero on {share:.1f} % of the images: it may be masked")
+    if by_noise > by_attack + 0.01 * len(images):
+        flags.append(f"random noise breaks {by_noise} images, the attack only {by_attack} more")
+    if (late * robust).sum() < 0.8 * (early * robust).sum():
+        flags.append("more steps of the attack help the defender: the loss falls again")
+    flags += sanity(classifier, images, eps, robust)
+    return {
+        **{name: 100 * right.mean().item() for name, right in accuracies.items()},
+        "intervals": {name: interval(right) for name, right in accuracies.items()},
+        "zero_gradient": (zero.sum() / max(1, attacked)).item(),
+        "flags": flags,
+        "outcomes": "".join(str(int(c + r)) for c, r in zip(clean, clean * robust)),
+    }
+
+
+def attack(net, x, y, start, eps, step, steps):
+    """PGD (Madry et al. 2018) on images x (b, 3, h, w) from x + start; what breaks leaves at once.
+
+    delta <- clip(delta + step sign(grad CE), -eps, eps), x + delta clipped to [0, 1]. -> four
+    tensors (b,): right at every iterate, first gradient exactly zero, CE after a quarter of the
+    steps and at the end (of the images that got so far). The gradient is towards delta alone.
+    """
+    b, device = len(y), x.device
+    right = torch.ones(b, dtype=torch.bool, device=device)
+    zero = torch.zeros(b, dtype=torch.bool, device=device)
+    early, late = torch.zeros(2, b, device=device)
+    left = torch.arange(b, device=device)  # the images that no iterate has broken yet
+    delta = start
+    for t in range(steps + 1):
+        if not len(left):
+            break
+        logits = net(x + delta.requires_grad_())
+        losses = F.cross_entropy(logits, y, reduction="none")
+        # the sum, not the mean: one image's gradient must not depend on the others
+        (grad,) = torch.autograd.grad(losses.sum(), delta)
+        if not torch.isfinite(grad).all():
+            raise FloatingPointError("the gradient of the attack is not finite")
+        if t == 0:
+            zero = (grad.flatten(1) == 0).all(1)
+        if t == steps // 4:
+            early[left] = losses.detach()
+        if t == steps:
+            late[left] = losses.detach()
+        keep = logits.argmax(1) == y
+        right[left[~keep]] = False
+        left, x, y = left[keep], x[keep], y[keep]
+        delta = delta.detach()[keep] + step * grad[keep].sign()
+        delta = (x + delta.clamp(-eps, eps)).clamp(0, 1) - x
+        if len(left):
+            inside = delta.abs().max() <= eps + 1e-6
+            assert inside and 0 <= (x + delta).min() and (x + delta).max() <= 1, "left the ball"
+    return right, zero, early, late
+
+
+def random_start(x, indices, eps):
+    """delta_0 ~ U(-eps, eps), x + delta_0 in [0, 1], for images x (b, 3, h, w) of these indices.
+
+    A start belongs to its image: outcomes depend neither on the batch nor on the processes.
+    """
+    noise = []
+    for i in indices:
+        generator = torch.Generator().manual_seed(i)
+        noise.append(torch.empty(x.shape[1:]).uniform_(-eps, eps, generator=generator))
+    return (x + torch.stack(noise).to(x)).clamp(0, 1) - x
+
+
+def sanity(net, images, eps, robust, n=64):
+    """Is the attack to be believed? Cheap checks on the first n images -> sentences.
+
+    robust (images,): which of them withstood it. Those must fall in a huge ball, and must not fall
+    to a few dozen random guesses; a gradient must predict the loss; a model must repeat itself.
+    """
+    device, n = next(net.parameters()).device, min(n, len(images))
+    pixels, labels = next(iter(DataLoader(Subset(images, range(n)), n)))
+    x, y = as_float(pixels).to(device), labels.to(device)
+    survived = (robust[:n] > 0).to(device)
+    flags = []
+
+    with torch.no_grad():
+        first, second = net(x), net(x)
+    if (first - second).abs().max() > 1e-3 * first.abs().max():
+        flags.append("the model answers differently when asked twice: it is random")
+
+    # a gradient g that is right predicts the loss: (L(x + h sign g) - L(x - h sign g)) / 2h = |g|_1
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(F.cross_entropy(net(x), y, reduction="sum"), x)
+    x, h = x.detach(), 0.25 / 255
+    with torch.no_grad():
+        up = F.cross_entropy(net(x + h * grad.sign()), y, reduction="sum")
+        down = F.cross_entropy(net(x - h * grad.sign()), y, reduction="sum")
+    slope, promised = ((up - down) / (2 * h)).item(), grad.abs().sum().item()
+    if promised > 0 and not 0.5 < slope / promised < 2:
+        flags.append(f"the gradient promises a slope of {promised:.3g}, the loss has {slope:.3g}")
+
+    x, y = x[survived], y[survived]
+    if len(y):
+        huge = random_start(x, range(len(y)), 0.25)
+        withstood = attack(net, x, y, huge, 0.25, 0.25 / 4, 20)[0].sum()
+        if withstood > 0.05 * n:
+            flags.append(f"{withstood} of {n} images withstand a ball of radius 0.25")
+        guessed = (~random_search(net, x, y, eps)).sum()
+        if guessed > 0.05 * n:
+            flags.append(f"random guesses break {guessed} of {n} images that the attack does not")
+    return flags
+
+
+def random_search(net, x, y, eps, queries=50):
+    """A black-box attack, after Square (Andriushchenko et al. 2020) -> right (b,) all along.
+
+    Random squares are filled with random corners of the ball; what lowers the margin is kept.
+    """
+    generator = torch.Generator().manual_seed(0)
+    delta = torch.zeros_like(x)
+    best = torch.full((len(y),), math.inf, device=x.device)
+    height, width = x.shape[-2:]
+    for query in range(queries):
+        side = max(1, min(height, width) // (1 if query < 5 else 4))
+        top = int(torch.randint(height - side + 1, (1,), generator=generator))
+        left = int(torch.randint(width - side + 1, (1,), generator=generator))
+        signs = 2 * torch.randint(2, (len(y), 3, 1, side), generator=generator) - 1
+        tried = delta.clone()
+        tried[:, :, top : top + side, left : left + side] = eps * signs.to(x)
+        with torch.no_grad():
+            logits = net((x + tried).clamp(0, 1))
+        own = logits.gather(1, y[:, None])[:, 0]
+        margin = own - logits.scatter(1, y[:, None], -math.inf).max(1).values
+        delta = torch.where((margin < best)[:, None, None, None], tried, delta)
+        best = torch.minimum(margin, best)
+    return best > 0
+
+
+def as_float(pixels):
+    """uint8 or float pixels -> float in [0, 1]."""
+    return pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels
+
+
+def interval(right):
+    """Wilson's 95 % interval of the share of ones among right (n,), in % -> [low, high]."""
+    n, p, z = len(right), right.double().mean().item(), 1.96
+    middle = p + z**2 / (2 * n)
+    half_width = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    low, high = ((middle + sign * half_width) / (1 + z**2 / n) for sign in (-1, 1))
+    return [round(100 * max(0, low), 2), round(100 * min(1, high), 2)]
+
+
+def processes():
+    """-> which process this is, of how many: (0, 1) unless torch.distributed runs."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def gather(rows, n):
+    """Rows (share, k) of every process, which has each world-th image -> rows (n, k) of all."""
+    _, world = processes()
+    if world == 1:
+        return rows
+    shares = [None] * world
+    torch.distributed.all_gather_object(shares, rows)
+    everything = torch.empty(n, rows.shape[1], dtype=rows.dtype)
+    for rank, share in enumerate(shares):
+        everything[rank::world] = share
+    return everything
+
+
+def print_table(rows, steps):
+    """Print rows of (name, result of evaluate, or None), their 95 % intervals, and every flag."""
+    results = []
+    for name, result in rows:
+        if result:
+            results.append((name, result))
+            for other, transferred in result.get("transfer", {}).items():
+                results.append((f"{name} on {other}", transferred))
+    width = max(12, *(len(name) for name, _ in results))
+    print(f"\n{'':{width}} | {'clean':>6} (95 % interval) | {f'PGD-{steps}':>8} (95 % interval)")
+    for name, result in results:
+        cells = [f"{name:{width}}"]
+        for key, size in (("clean", 6), ("pgd", 8)):
+            low, high = result["intervals"][key]
+            cells.append(f"{result[key]:{size}.2f} ({low:5.1f} to {high:5.1f})")
+        print(" | ".join(cells))
+    for name, result in results:
+        if "H" in result:
+            print(f"{name}: H {result['H']:.2f}, the harmonic mean of clean and PGD, base and new")
+        for flag in result["flags"]:
+            print(f"WARNING ({name}): {flag}")
+
+
+# ------------------------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------------------------
+
+
 def write(path, content):
-    """Write bytes under a temporary name beside `path`, then rename: the file is whole or absent."""
-    if RANK:
+    """Write bytes under a temporary name beside `path`, then rename: the file is whole or absent.
+
+    Under torchrun only process 0 writes.
+    """
+    if processes()[0]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -513,68 +1146,133 @@ def write(path, content):
 
 
 def run_folder(args, method):
-    """<out>/<method>-<dataset>-<model>-<shots>shot-seed<seed>, with -2, -3, ... after earlier runs; created now, to fail before the training."""
-    model = args.model.replace("local-dir:", "").strip("/").replace("/", "-")
+    """A new folder <out>/<method>-<dataset>-<model>-<shots>shot-seed<seed>, -2, -3, ...
+
+    Made now, so that what cannot be written fails before the training.
+    """
     check_new(args.export)
-    name = f"{method}-{args.dataset}-{model}-{args.shots}shot-seed{args.seed}{'-loaded' if args.load else ''}"
+    model = args.model.replace("local-dir:", "").strip("/").replace("/", "-")
+    name = f"{method}-{args.dataset}-{model}-{args.shots}shot-seed{args.seed}"
+    if args.load:
+        name += "-loaded"
     try:
-        folder = next(f for n in range(1, 10**6) if not any((f := args.out / (name if n == 1 else f"{name}-{n}")).glob("*")))
+        folder, n = args.out / name, 1
+        while any(folder.glob("*")):
+            n += 1
+            folder = args.out / f"{name}-{n}"
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as fault:
-        raise Fault(f"cannot write to {args.out / name} ({fault.strerror}); choose another folder with --out")
+        why = fault.strerror
+        raise Fault(f"cannot write to {args.out / name} ({why}); choose another folder with --out")
     return folder
 
 
-def save_adapter(path, tensors, metadata):
-    """safetensors file with string metadata, whole or absent."""
-    write(path, safetensors.torch.save({k: v.contiguous().cpu() for k, v in tensors.items()}, {k: str(v) for k, v in metadata.items()}))
+def describe(args, method):
+    """What makes a run repeatable: arguments except this machine's folders, versions, commit."""
+    facts = {"method": method}
+    for key, value in vars(args).items():
+        if key not in ("data_root", "out", "load", "export"):
+            facts[key] = value
+    facts["versions"] = {m.__name__: m.__version__ for m in (torch, torchvision, open_clip)}
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"]
+    facts["commit"] = ""
+    with contextlib.suppress(OSError):
+        facts["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return facts
 
 
-def load_adapter(path, method, args, needs=()):
-    """-> tensors, metadata (with the keys `needs`) of an adapter file, or of the one in a run's folder. Raises Fault."""
-    path = path / "adapter.safetensors" if path.is_dir() else path
+def save_adapter(folder, tensors, classifier, args, method):
+    """<folder>/adapter.safetensors: the tensors, and as metadata what `describe` tells, the class
+    names and the template: all that `load_adapter` and `adapted_classifier` need."""
+    facts = {key: str(value) for key, value in describe(args, method).items()}
+    facts["names"] = json.dumps(classifier.classes)
+    facts["template"] = classifier.template
+    tensors = {name: tensor.contiguous().cpu() for name, tensor in tensors.items()}
+    write(folder / "adapter.safetensors", safetensors.torch.save(tensors, facts))
+
+
+def load_adapter(path, method, needs):
+    """-> tensors, metadata of an adapter file, or of the one in a run's folder. Raises Fault.
+
+    needs: the method's own keys that the metadata must have.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        path = path / "adapter.safetensors"
     try:
         with safetensors.safe_open(path, "pt") as file:
-            tensors, metadata = {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            facts = file.metadata() or {}
     except FileNotFoundError:
-        raise Fault(f"adapter {path} does not exist; expected an adapter.safetensors or the folder of a run")
-    except Exception as fault:    # safetensors has one error class for every broken header
+        wanted = "expected an adapter.safetensors or the folder of a run"
+        raise Fault(f"adapter {path} does not exist; {wanted}")
+    except Exception as fault:  # safetensors has one error class for every broken header
         raise Fault(f"adapter {path} cannot be read ({fault})")
-    if missing := {"method", "model", "pretrained", *(needs if metadata.get("method") == method else ())} - set(metadata):
-        raise Fault(f"adapter {path} does not say its {', '.join(sorted(missing))}; expected a file that this program saved")
-    for key, expected in (("method", method), ("model", args.model), ("pretrained", args.pretrained)):
-        if metadata.get(key) != expected:
-            raise Fault(f"adapter {path} was made with {key} {metadata.get(key)!r}, but this run has {expected!r}")
-    print(f"adapter {path}: trained with", ", ".join(f"{k} {metadata.get(k)}" for k in ("dataset", "classes", "shots", "seed", "eps", *needs)))
-    return tensors, metadata
+    if facts.get("method", method) != method:
+        raise Fault(f"adapter {path} was made by {facts['method']}, but this is {method}")
+    missing = {"method", "model", "pretrained", "names", "template", *needs} - set(facts)
+    if missing:
+        wanted = "expected a file that this program saved"
+        raise Fault(f"adapter {path} does not say its {', '.join(sorted(missing))}; {wanted}")
+    return tensors, facts
 
 
-def describe(args, method):
-    """Facts that make a run repeatable: every argument but the folders of this machine, versions, commit."""
-    git, commit = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"], ""
-    with contextlib.suppress(OSError):
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    plain = {k: v for k, v in vars(args).items() if k not in ("data_root", "out", "load", "export")}
-    return {"method": method, **plain, "versions": {m.__name__: m.__version__ for m in (torch, torchvision, open_clip)}, "commit": commit}
+def check_model(facts, args):
+    """Raises Fault where an adapter was made for another model than the arguments name."""
+    for key in ("model", "pretrained"):
+        if facts[key] != getattr(args, key):
+            here = getattr(args, key)
+            raise Fault(f"the adapter was made with {key} {facts[key]!r}, this run has {here!r}")
 
 
-def save_result(folder, args, method, **facts):
-    """<folder>/result.json (its keys: results/README.md): how it was made, and what the program gives; with --eps-curve, eps_curve.png as well."""
-    device = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else f"{torch.get_num_threads()} CPU threads"
-    facts = {**describe(args, method), "device_name": device, "peak_memory_mib": round(peak_memory(args.device)), "processes": WORLD, **facts}
+def adapted_classifier(facts, device, dtype):
+    """The classifier that an adapter's metadata tells of, before the adapter is applied."""
+    clip, config = load_clip(facts["model"], facts["pretrained"], device)
+    return Classifier(clip, config, json.loads(facts["names"]), facts["template"], dtype)
+
+
+def save_run(folder, args, method, **facts):
+    """<folder>/result.json: how it was made and what it gave; results/README.md has its keys."""
+    if args.device.startswith("cuda"):
+        device = torch.cuda.get_device_name(args.device)
+    else:
+        device = f"{torch.get_num_threads()} CPU threads"
+    facts = {
+        **describe(args, method),
+        "device_name": device,
+        "processes": processes()[1],
+        "peak_memory_mib": round(peak_memory(args.device)),
+        **facts,
+    }
     write(folder / "result.json", (json.dumps(facts, indent=1) + "\n").encode())
-    if args.eps_curve:
-        write(folder / "eps_curve.png", draw_curves({k: facts[k]["eps_curve"] for k in ("before", "after") if facts[k]}, args.norm))
+
+
+def sizes(clip):
+    """The parameters of a CLIP, for the log."""
+    vision = sum(p.numel() for p in clip.visual.parameters())
+    total = sum(p.numel() for p in clip.parameters())
+    return f"vision {vision:,} / total {total:,} parameters"
+
+
+def print_end(folder, args, started, training):
+    """The last line of a program: memory, seconds, where the files are."""
+    memory = peak_memory(args.device)
+    seconds = time.time() - started
+    print(
+        f"peak memory {memory:.0f} MiB, {seconds:.0f} s (training {training:.0f} s); see {folder}"
+    )
 
 
 def peak_memory(device):
-    """MiB: the GPU's peak allocation, or the process's largest resident size; 0 where the system has no such count."""
+    """MiB: the GPU's peak allocation, or the process's largest resident size; 0 if unknown."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2**20
-    with contextlib.suppress(ImportError):    # Unix only
+    with contextlib.suppress(ImportError):  # Unix only
         import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
     return 0.0
 
 
@@ -585,15 +1283,24 @@ def check_new(folder):
 
 
 def export(clip, config, folder):
-    """Write the model as an open_clip folder: open_clip.create_model_and_transforms('local-dir:FOLDER') gives the same logits."""
+    """Write the model as an open_clip folder, whole or not at all.
+
+    open_clip.create_model_and_transforms("local-dir:FOLDER") gives the same logits. Raises Fault
+    where the folder has files. Under torchrun only process 0 writes.
+    """
+    if processes()[0]:
+        return
     check_new(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        preprocess = {k: v for k, v in config["preprocess_cfg"].items() if k in ("mean", "std", "interpolation", "resize_mode")}
-        (scratch / "open_clip_config.json").write_text(json.dumps({"model_cfg": config["model_cfg"], "preprocess_cfg": preprocess}, indent=1))
-        weights = safetensors.torch.save({k: v.contiguous().cpu() for k, v in clip.state_dict().items()})
-        (scratch / "open_clip_model.safetensors").write_bytes(weights)
+        keys = ("mean", "std", "interpolation", "resize_mode")
+        preprocess = {k: v for k, v in config["preprocess_cfg"].items() if k in keys}
+        facts = {"model_cfg": config["model_cfg"], "preprocess_cfg": preprocess}
+        (scratch / "open_clip_config.json").write_text(json.dumps(facts, indent=1))
+        weights = {name: value.contiguous().cpu() for name, value in clip.state_dict().items()}
+        content = safetensors.torch.save(weights)
+        (scratch / "open_clip_model.safetensors").write_bytes(content)
         scratch.chmod(0o755)
         os.replace(scratch, folder)
     finally:
