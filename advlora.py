@@ -23,7 +23,10 @@ W = W_0 at the start, and A, B and a all have a gradient there. Every matrix add
 r (d_in + d_out) + 1 numbers; in_proj counts as three matrices, q, k and v. On ViT-B/32's image
 tower with r = 8 that is 1,327,176 numbers.
 
-Evidence. EVIDENCE
+Evidence, on the small CLIP: 16 shots, eps 3/255, PGD-100, seeds 1-3, one CPU core, 2 to 4 minutes
+of training, open_clip 3.3. Embedded data: clean 82.0 -> 72.8 +- 2.8, robust 6.0 -> 39.0 +- 3.0.
+Caltech101: clean 59.8 -> 52.5 +- 1.1, robust 2.8 -> 21.6 +- 0.9. results/RESULTS.md has more.
+ViT-B/32 with CLIP's weights has not been run here.
 """
 
 import math
@@ -37,7 +40,7 @@ from torch.nn.utils import parametrize
 import common
 
 # ------------------------------------------------------------------------------------------------
-# The method: pieces that work anywhere, with torch alone
+# The method: pieces to copy. They need torch alone
 # ------------------------------------------------------------------------------------------------
 
 
@@ -175,7 +178,7 @@ def attach(model, names, rank=8, seed=0, **options):
 
 
 def merge(model, loras):
-    """Write W into the weights and drop the factors: an ordinary model, with the same logits."""
+    """Write W into the weights and take the factors off the model: same logits, no factors."""
     for name in loras:
         path, _, weight = name.rpartition(".")
         parametrize.remove_parametrizations(model.get_submodule(path), weight)
@@ -185,8 +188,8 @@ def pgd(classifier, x, y, eps, step, steps):
     """The inner maximisation: x (b, 3, h, w) in [0, 1], y (b,) -> x~.
 
     Madry et al. 2018: delta_0 ~ U(-eps, eps), delta <- clip(delta + step sign(grad CE), -eps, eps),
-    x + delta clipped to [0, 1]. eps and step in pixels. Raises ValueError in train mode,
-    FloatingPointError where the gradient is not finite.
+    x + delta clipped to [0, 1]. eps and step are in units of x: 1/255, not 1. Raises ValueError in
+    train mode, FloatingPointError where the gradient is not finite.
     """
     if classifier.training:
         raise ValueError("attack the network that is deployed: eval mode")
@@ -202,7 +205,7 @@ def pgd(classifier, x, y, eps, step, steps):
             raise FloatingPointError("the gradient of the attack is not finite")
         delta = (delta.detach() + step * grad.sign()).clamp(-eps, eps)
         delta = (x + delta).clamp(0, 1) - x
-    assert delta.abs().max() <= eps + 1e-6, "the attack left the ball"
+    assert delta.abs().max() <= eps + 1e-6, "the attack left the ball; was x in [0, 1]?"
     return x + delta
 
 
@@ -212,7 +215,7 @@ def pgd(classifier, x, y, eps, step, steps):
 
 
 def train(classifier, loras, batches, steps, eps, lr=1e-3, clean_weight=0, text=False):
-    """Train the factors {name: ClusterLoRA} in place, on `steps` batches (x, y).
+    """Train the factors {name: ClusterLoRA} in place. batches yields (x, y) `steps` times.
 
     classifier: pixels in [0, 1] -> logits, in eval mode, with the factors in it. AdamW without
     weight decay, which would pull towards B A = 0, not towards W_0 (our choice). text: the text
@@ -221,8 +224,8 @@ def train(classifier, loras, batches, steps, eps, lr=1e-3, clean_weight=0, text=
     started = time.time()
     factors = [p for lora in loras.values() for p in lora.parameters()]
     optimizer = torch.optim.AdamW(factors, lr, weight_decay=0)
-    # the rate falls by a cosine from lr to 0
-    cosine = 0.5 * (1 + torch.cos(math.pi * torch.arange(steps) / steps))
+    # the rate falls by a cosine from lr towards 0
+    decay = 0.5 * (1 + torch.cos(math.pi * torch.arange(steps) / steps))
 
     for t, (x, y) in enumerate(batches):
         # 1. t_c / |t_c|, through the text tower as it is now
@@ -246,7 +249,7 @@ def train(classifier, loras, batches, steps, eps, lr=1e-3, clean_weight=0, text=
         # 5. a step of AdamW at the rate of the cosine
         for p, gradient in zip(factors, gradients):
             p.grad = gradient
-        optimizer.param_groups[0]["lr"] = lr * cosine[t].item()
+        optimizer.param_groups[0]["lr"] = lr * decay[t].item()
         optimizer.step()
 
         if (t + 1) % 50 == 0 or t + 1 == steps:
@@ -291,7 +294,7 @@ def unpack(loras, tensors):
     mine = pack(loras)
     found = {name: (value.shape, value.dtype) for name, value in tensors.items()}
     if found != {name: (value.shape, value.dtype) for name, value in mine.items()}:
-        raise ValueError("the adapter's factors are not those of these weights of this model")
+        raise ValueError("its factors are not those of these weights of this model")
     for name, value in mine.items():
         value.copy_(tensors[name])
 
@@ -302,7 +305,8 @@ NEEDS = "weights", "towers", "rank", "no_adaptive"
 def load(folder, device="cpu", dtype="float32"):
     """The adapted classifier of a finished run: pixels (b, 3, h, w) in [0, 1] -> logits.
 
-    `folder` holds adapter.safetensors; class names are the run's. Raises common.Fault.
+    `folder` holds adapter.safetensors; the classes are those of the run. Raises common.Fault, an
+    exception with one sentence.
     """
     tensors, facts = common.load_adapter(folder, "advlora", NEEDS)
     classifier = common.adapted_classifier(facts, device, dtype)
@@ -312,7 +316,7 @@ def load(folder, device="cpu", dtype="float32"):
 
 
 def restore(clip, tensors, facts):
-    """Adapt a CLIP as an adapter file says, for good -> the factors. Raises common.Fault."""
+    """Adapt a CLIP as an adapter file says, and merge -> the factors. Raises common.Fault."""
     try:
         names = clip_weights(clip, facts["weights"], facts["towers"])
         adaptive = facts["no_adaptive"] == "False"
@@ -374,7 +378,7 @@ def main():
     if args.towers == "both" and not hasattr(clip, "transformer"):
         raise common.Fault("this model has no text transformer to adapt; use --towers vision")
 
-    before, training, start = None, 0.0, {}
+    before, seconds, start = None, 0.0, {}  # with --load nothing is measured before, nor trained
     if args.load:
         loras = restore(clip, tensors, facts)
     else:
@@ -400,9 +404,9 @@ def main():
             images, classifier.size, args.batch_size, args.steps, args.augment, args.device
         )
         text = args.towers == "both"
-        training = time.time()
+        began = time.time()
         train(classifier, loras, batches, args.steps, args.eps, args.lr, args.clean_weight, text)
-        training = time.time() - training
+        seconds = time.time() - began
         common.save_adapter(folder, pack(loras), classifier, args, "advlora")
         merge(clip, loras)
 
@@ -422,10 +426,10 @@ def main():
         after=after,
         trained=trained,
         residual=start,
-        training_seconds=round(training, 1),
+        training_seconds=round(seconds, 1),
         seconds=round(time.time() - started, 1),
     )
-    common.print_end(folder, args, started, training)
+    common.print_end(folder, args, started, seconds)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,15 @@ The idea. theta are CLIP's weights, M a real mask of the same shape, alpha a thr
 runs on theta' = theta * 1[M > alpha]. theta stays frozen; only M is trained, on adversarial images,
 through a straight-through gradient. One bit per masked weight is the whole adapter.
 
-    min over M  E[ CE(f_theta'(x~), y) + lambda * L_LAFA ]
+    min over M  E[L_mask],  L_mask = CE(f_theta'(x~), y) + lambda * L_LAFA
     x~ = x + argmax over |delta|_inf <= eps of CE(f_theta'(x + delta), y)
 
-Evidence. EVIDENCE
+L_LAFA keeps the features of x~ near those of x in every block; the function lafa has it.
+
+Evidence, on the small CLIP: 16 shots, eps 3/255, PGD-100, seeds 1-3, one CPU core, 1.5 to 5 minutes
+of training, torch 2.14, open_clip 3.3. Embedded data: clean 82.0 -> 65.3 +- 0.3, robust 6.0 -> 33.5
++- 1.0, 1.9 % of the masked weights off. Caltech101: clean 59.8 -> 45.8 +- 2.8, robust 2.8 -> 17.4
++- 2.1, 1.9 % off. results/RESULTS.md has more. ViT-B/32 with CLIP's weights has not been run here.
 """
 
 import math
@@ -30,16 +35,19 @@ from torch.nn.utils import parametrize
 import common
 
 # ------------------------------------------------------------------------------------------------
-# The method: pieces that work anywhere, with torch alone
+# The method: pieces to copy. They need torch alone, and `features` a model of open_clip
 # ------------------------------------------------------------------------------------------------
 
 
 class BinaryMask(nn.Module):
     """Parametrisation of a frozen weight: theta -> theta * 1[M > alpha].
 
-    M has the weight's shape and starts at `init`: every weight is kept. Start and threshold are
-    R-AMT's (our choice); only the way between them matters, and the flip budget is in its units.
-    M and theta' are float32 where the weight is. Raises ValueError unless init > alpha.
+        mask = BinaryMask(layer.weight.requires_grad_(False))
+        torch.nn.utils.parametrize.register_parametrization(layer, "weight", mask)
+
+    M has the weight's shape and starts at `init`: every weight is kept. Train mask.M and nothing
+    else. init and alpha are those of R-AMT, ICCV 2023 (our choice); only init - alpha matters, as
+    `train` makes its rate proportional to it. Raises ValueError unless init > alpha.
     """
 
     def __init__(self, weight, init=1e-2, alpha=5e-3):
@@ -48,12 +56,13 @@ class BinaryMask(nn.Module):
             raise ValueError(f"init {init} must lie above alpha {alpha}: a mask starts with all on")
         self.init = init
         self.alpha = alpha
-        self.M = nn.Parameter(torch.full_like(weight, init, requires_grad=True))
+        self.M = nn.Parameter(torch.full_like(weight, init))
 
     def forward(self, theta):
-        # M_bin = 1[M > alpha]; the added zero makes its gradient that of M: straight-through
+        # M_bin = 1[M > alpha]. M - M.detach() is 0, with gradient 1: straight-through, so that
+        # dL/dM := dL/dM_bin
         M_bin = (self.M > self.alpha).to(theta.dtype) + (self.M - self.M.detach())
-        # theta' = theta * M_bin, so dL/dM_bin = theta * dL/dtheta'
+        # theta' = theta * M_bin, and so dL/dM_bin = theta * dL/dtheta'
         return theta * M_bin
 
     def kept(self):
@@ -64,8 +73,8 @@ class BinaryMask(nn.Module):
 def vision_weights(clip, weights="attn"):
     """Names of the weights that are masked in every vision block of an open_clip ViT.
 
-    attn: in_proj (3d, d) and out_proj (d, d); mlp: c_fc (4d, d) and c_proj (d, 4d); or both. No
-    biases. attn is the paper's default.
+    attn, the paper's default: in_proj (3d, d) and out_proj (d, d). mlp: c_fc (4d, d) and c_proj
+    (d, 4d). Or both. No biases.
     """
     attn = ("attn.in_proj_weight", "attn.out_proj.weight")
     mlp = ("mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -80,8 +89,8 @@ def vision_weights(clip, weights="attn"):
 def attach(model, names, init=1e-2, alpha=5e-3):
     """Freeze the named weights of any model and mask them -> {name: BinaryMask}.
 
-    Fresh masks keep every weight, so the model computes what it did. Raises AttributeError where
-    a name is unknown.
+    Fresh masks keep every weight, so the model computes what it did. Other parameters are left as
+    they are. Raises AttributeError where a name is unknown.
     """
     masks = {}
     for name in names:
@@ -94,7 +103,7 @@ def attach(model, names, init=1e-2, alpha=5e-3):
 
 
 def merge(model, masks):
-    """Write theta' into the weights and drop the masks: an ordinary model, with the same logits."""
+    """Write theta' into the weights and take the masks off the model: same logits, no masks."""
     for name in masks:
         path, _, weight = name.rpartition(".")
         parametrize.remove_parametrizations(model.get_submodule(path), weight)
@@ -104,8 +113,8 @@ def pgd(classifier, x, y, eps, step, steps):
     """The inner maximisation: x (b, 3, h, w) in [0, 1], y (b,) -> x~.
 
     Madry et al. 2018: delta_0 ~ U(-eps, eps), delta <- clip(delta + step sign(grad CE), -eps, eps),
-    x + delta clipped to [0, 1]. eps and step in pixels. Raises ValueError in train mode,
-    FloatingPointError where the gradient is not finite.
+    x + delta clipped to [0, 1]. eps and step are in units of x: 1/255, not 1. Raises ValueError in
+    train mode, FloatingPointError where the gradient is not finite.
     """
     if classifier.training:
         raise ValueError("attack the network that is deployed: eval mode")
@@ -121,25 +130,25 @@ def pgd(classifier, x, y, eps, step, steps):
             raise FloatingPointError("the gradient of the attack is not finite")
         delta = (delta.detach() + step * grad.sign()).clamp(-eps, eps)
         delta = (x + delta).clamp(0, 1) - x
-    assert delta.abs().max() <= eps + 1e-6, "the attack left the ball"
+    assert delta.abs().max() <= eps + 1e-6, "the attack left the ball; was x in [0, 1]?"
     return x + delta
 
 
 def features(classifier, x):
-    """-> z (layers, b, d), the CLS token after every vision block; logits (b, classes).
+    """-> z (layers, b, d), what every vision block puts out; logits (b, classes).
 
-    z has unit length. `classifier.clip.visual.transformer` is open_clip's. That it is the CLS token
-    and of unit length is our choice.
+    classifier.clip is the open_clip model inside the classifier. z is the CLS token, scaled to unit
+    length (both our choice).
     """
     transformer = classifier.clip.visual.transformer
     z = []
 
-    def keep(block, inputs, output):
+    def record(block, inputs, output):
         # output: (b, tokens, d), or (tokens, b, d) where the blocks run tokens first
         cls = output[:, 0] if transformer.batch_first else output[0]
         z.append(F.normalize(cls.float(), dim=-1))
 
-    hooks = [block.register_forward_hook(keep) for block in transformer.resblocks]
+    hooks = [block.register_forward_hook(record) for block in transformer.resblocks]
     try:
         logits = classifier(x)
     finally:
@@ -151,11 +160,15 @@ def features(classifier, x):
 def lafa(z_clean, z_adv, p_true, eps_w=1e-6):
     """L_LAFA, layer-wise adaptive feature alignment (AdvMask) -> scalar.
 
-    z_clean, z_adv (layers, b, d); p_true (b,), the model's own p(y|x) of the true class on the
-    clean image, a constant. eps_w only keeps the division finite (our choice).
+    z_clean, z_adv (layers, b, d), as `features` gives them. p_true (b,), the model's own p(y|x) of
+    the true class on the clean image, a constant: softmax(logits_clean)[range(b), y]. E_B is the
+    mean over the batch. eps_w only keeps the division finite (our choice). The weight is the
+    image's, the same for every layer. Raises ValueError where shapes do not fit.
 
     L = 1/(|Layers||B|) sum_l sum_x  p(y|x) / (E_B[p(y'|x')] + eps_w) * |z_clean^l - z_adv^l|_2^2
     """
+    if not z_clean.shape == z_adv.shape == (len(z_adv), len(p_true), z_adv.shape[-1]):
+        raise ValueError("expected z_clean and z_adv (layers, b, d) and p_true (b,)")
     p_true = p_true.detach()
     weight = p_true / (p_true.mean() + eps_w)  # (b,), mean 1
     distance = (z_clean - z_adv).square().sum(-1)  # (layers, b)
@@ -165,8 +178,10 @@ def lafa(z_clean, z_adv, p_true, eps_w=1e-6):
 def consistency(kind, z_clean, z_adv, logits_clean, logits_adv, y):
     """The second term of L_mask -> scalar: lafa, or one of the paper's ablations.
 
-    align: LAFA without the weight. kl and js: between the outputs. ce: nothing.
+    align: LAFA without the weight. kl and js: between the outputs. ce: zero. Raises ValueError for
+    another kind.
     """
+    # P on the clean image, Q on the attacked one
     log_p = F.log_softmax(logits_clean, -1)  # (b, classes)
     log_q = F.log_softmax(logits_adv, -1)
     if kind == "lafa":
@@ -183,7 +198,15 @@ def consistency(kind, z_clean, z_adv, logits_clean, logits_adv, y):
         p_to_r = F.kl_div(log_r, log_p, log_target=True, reduction="batchmean")
         q_to_r = F.kl_div(log_r, log_q, log_target=True, reduction="batchmean")
         return (p_to_r + q_to_r) / 2
-    return torch.zeros((), device=y.device)
+    if kind == "ce":
+        return torch.zeros((), device=y.device)
+    raise ValueError(f"loss {kind!r} is unknown; expected lafa, align, kl, js or ce")
+
+
+def share_off(masks):
+    """Share of the masked entries that are switched off."""
+    kept = sum(mask.kept().sum().item() for mask in masks.values())
+    return 1 - kept / sum(mask.M.numel() for mask in masks.values())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -192,44 +215,46 @@ def consistency(kind, z_clean, z_adv, logits_clean, logits_adv, y):
 
 
 def train(classifier, masks, batches, steps, eps, loss="lafa", lam=50, budget=1.5):
-    """Train the masks {name: BinaryMask} in place, on `steps` batches (x, y).
+    """Train the masks {name: BinaryMask} in place. batches yields (x, y) `steps` times.
 
-    classifier: pixels in [0, 1] -> logits, in eval mode, with the masks in it. The optimiser is our
-    choice: the published M <- M - gamma dL/dM_bin, with gradients of one size, a running mean and a
-    cosine. budget, the flip budget, sets gamma: how many times over an entry whose gradient is
-    always of average size and one sign would go from init to alpha.
+    classifier: pixels in [0, 1] -> logits, in eval mode, with the masks in it. loss and lam: the
+    second term of L_mask and its weight, lambda. The paper says M <- M - gamma dL/dM_bin; that
+    gradients are divided by their root mean square, averaged over steps, and that gamma falls by a
+    cosine is our choice. budget, the flip budget, is the sum of all gamma in units of init - alpha:
+    below 1, no weight whose gradient is of average size can be switched off.
     """
     started = time.time()
     M = [mask.M for mask in masks.values()]
     v = [torch.zeros_like(m) for m in M]
     entries = sum(m.numel() for m in M)
     way = max(mask.init - mask.alpha for mask in masks.values())
-    # gamma_t falls by a cosine from its start to 0; the sum over all steps is budget * way
-    cosine = 0.5 * (1 + torch.cos(math.pi * torch.arange(steps) / steps))
-    gamma = budget * way * cosine / cosine.sum()
+    # gamma_t falls by a cosine towards 0; its sum over all steps is budget * way
+    decay = 0.5 * (1 + torch.cos(math.pi * torch.arange(steps) / steps))
+    gamma = budget * way * decay / decay.sum()
 
     for t, (x, y) in enumerate(batches):
         # 1. the inner maximisation: attack the current network, two steps of size eps
         x_adv = pgd(classifier, x, y, eps, step=eps, steps=2)
 
-        # 2. what every block sees of the clean and of the attacked image
+        # 2. what every block makes of the clean and of the attacked image
         with torch.no_grad():  # the clean side is a constant (our choice)
             z_clean, logits_clean = features(classifier, x)
         z_adv, logits_adv = features(classifier, x_adv)
 
-        # 3. L_mask = CE(x~, y) + lambda * L_LAFA
+        # 3. L_mask = CE(x~, y) + lambda * L_LAFA, or another second term
         ce = F.cross_entropy(logits_adv, y)
         term = consistency(loss, z_clean, z_adv, logits_clean, logits_adv, y)
         objective = ce + lam * term
 
-        # 4. straight-through: the gradient of M is that of M_bin
+        # 4. the gradient of M alone: that of M_bin, straight-through, by BinaryMask.forward
         gradients = torch.autograd.grad(objective, M)
 
-        # 5. M <- M - gamma_t v,  v <- 0.9 v + 0.1 g / rms(g), from v = 0
+        # 5. v <- 0.9 v + 0.1 g / rms(g) from v = 0, then M <- M - gamma_t v
         rms = nn.utils.get_total_norm(gradients) / math.sqrt(entries)  # one number for all masks
-        for m, v_m, g in zip(M, v, gradients):
-            v_m.mul_(0.9).add_(0.1 * g / rms.clamp(min=1e-12))
-            m.data -= gamma[t].item() * v_m
+        with torch.no_grad():
+            for m, v_m, g in zip(M, v, gradients):
+                v_m.mul_(0.9).add_(0.1 * g / rms.clamp(min=1e-12))
+                m.sub_(gamma[t].item() * v_m)
 
         if (t + 1) % 50 == 0 or t + 1 == steps:
             right = 100 * (logits_adv.argmax(1) == y).float().mean()
@@ -246,12 +271,6 @@ def train(classifier, masks, batches, steps, eps, loss="lafa", lam=50, budget=1.
 # ------------------------------------------------------------------------------------------------
 
 
-def share_off(masks):
-    """Share of the masked entries that are switched off."""
-    kept = sum(mask.kept().sum().item() for mask in masks.values())
-    return 1 - kept / sum(mask.M.numel() for mask in masks.values())
-
-
 def pack(masks):
     """{name: BinaryMask} -> {name: uint8 (ceil(n / 8),)}, one bit per entry."""
     bits = {}
@@ -261,11 +280,14 @@ def pack(masks):
 
 
 def unpack(masks, tensors):
-    """Leave M at init (bit 1) or set it to alpha (bit 0: off). Raises ValueError on other masks."""
+    """Set fresh masks as a file says: bit 1 leaves M at init, bit 0 sets it to alpha, which is off.
+
+    Raises ValueError where the file's names or sizes are not those of these masks.
+    """
     found = {name: (bits.numel(), bits.dtype) for name, bits in tensors.items()}
     expected = {name: ((m.M.numel() + 7) // 8, torch.uint8) for name, m in masks.items()}
     if found != expected:
-        raise ValueError("the adapter's masks are not those of these weights of this model")
+        raise ValueError("its masks are not those of these weights of this model")
     for name, mask in masks.items():
         bits = np.unpackbits(tensors[name].numpy(), count=mask.M.numel()).reshape(mask.M.shape)
         mask.M.data[torch.from_numpy(bits == 0).to(mask.M.device)] = mask.alpha
@@ -274,7 +296,8 @@ def unpack(masks, tensors):
 def load(folder, device="cpu", dtype="float32"):
     """The adapted classifier of a finished run: pixels (b, 3, h, w) in [0, 1] -> logits.
 
-    `folder` holds adapter.safetensors; class names are the run's. Raises common.Fault.
+    `folder` holds adapter.safetensors; the classes are those of the run. Raises common.Fault, an
+    exception with one sentence.
     """
     tensors, facts = common.load_adapter(folder, "advmask", ["weights"])
     classifier = common.adapted_classifier(facts, device, dtype)
@@ -283,7 +306,7 @@ def load(folder, device="cpu", dtype="float32"):
 
 
 def restore(clip, tensors, facts):
-    """Mask a CLIP as an adapter file says, for good -> the masks. Raises common.Fault."""
+    """Mask a CLIP as an adapter file says, and merge -> the masks. Raises common.Fault."""
     try:
         masks = attach(clip, vision_weights(clip, facts["weights"]))
         unpack(masks, tensors)
@@ -313,7 +336,7 @@ def arguments():
     add("--lam", type=common.at_least(0, float), help=lam)
     steps = "training steps; default 6 epochs, at least 100 (our choice)"
     add("--steps", type=common.at_least(1), help=steps)
-    budget = "flip budget, sets the rate; default steps / 100, but 1.5 to 3 (our choice)"
+    budget = "flip budget, sets the rate; default steps / 100, within 1.5 and 3 (our choice)"
     add("--budget", type=common.at_least(0, float), help=budget)
     return parser
 
@@ -336,7 +359,7 @@ def main():
     if args.budget is None:
         args.budget = min(max(args.steps / 100, 1.5), 3)
 
-    before, training = None, 0.0
+    before, seconds = None, 0.0  # with --load nothing is measured before, nor trained
     if args.load:
         masks = restore(clip, tensors, facts)
     else:
@@ -350,9 +373,9 @@ def main():
         batches = common.batches(
             images, classifier.size, args.batch_size, args.steps, args.augment, args.device
         )
-        training = time.time()
+        began = time.time()
         train(classifier, masks, batches, args.steps, args.eps, args.loss, args.lam, args.budget)
-        training = time.time() - training
+        seconds = time.time() - began
         common.save_adapter(folder, pack(masks), classifier, args, "advmask")
         merge(clip, masks)
 
@@ -375,10 +398,10 @@ def main():
         after=after,
         masked=masked,
         off=off,
-        training_seconds=round(training, 1),
+        training_seconds=round(seconds, 1),
         seconds=round(time.time() - started, 1),
     )
-    common.print_end(folder, args, started, training)
+    common.print_end(folder, args, started, seconds)
 
 
 if __name__ == "__main__":

@@ -361,6 +361,7 @@ IMAGE_SUFFIXES = {
     ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
 }  # fmt: skip
 PARTS = "train", "val", "test"
+BICUBIC = v2.InterpolationMode.BICUBIC
 
 
 def load_dataset(name, root):
@@ -576,6 +577,12 @@ def read_image(item):
         raise Fault(f"image {item.image} cannot be read ({fault}); replace or remove it")
 
 
+def test_view(size):
+    """CLIP's view of a test image: the short side to `size`, the square in the middle; uint8."""
+    shrink = v2.Resize(size, BICUBIC)
+    return v2.Compose([shrink, v2.CenterCrop(size), v2.PILToTensor()])
+
+
 class TestImages(Dataset):
     """CLIP's test view of items, decoded when asked for: ((3, size, size) uint8, label)."""
 
@@ -583,8 +590,7 @@ class TestImages(Dataset):
 
     def __init__(self, items, size):
         self.items = items
-        bicubic = v2.InterpolationMode.BICUBIC
-        self.view = v2.Compose([v2.Resize(size, bicubic), v2.CenterCrop(size), v2.PILToTensor()])
+        self.view = test_view(size)
 
     def __len__(self):
         return len(self.items)
@@ -593,14 +599,16 @@ class TestImages(Dataset):
         return self.view(read_image(self.items[i])), self.items[i].label
 
 
-def decode(items, size):
+def decode(items, size, augment="crop"):
     """Decode training images once -> [((3, h, w) uint8, label), ...].
 
-    The short side is a quarter longer than `size`: room for random crops.
+    augment: crop leaves the short side a quarter longer than `size`, room for random crops; none
+    takes CLIP's test view.
     """
-    shrink = v2.Compose(
-        [v2.Resize(round(1.25 * size), v2.InterpolationMode.BICUBIC), v2.PILToTensor()]
-    )
+    shrink = test_view(size)
+    if augment == "crop":
+        longer = v2.Resize(round(1.25 * size), BICUBIC)
+        shrink = v2.Compose([longer, v2.PILToTensor()])
     with concurrent.futures.ThreadPoolExecutor() as pool:
         pictures = list(pool.map(lambda item: shrink(read_image(item)), items))
     return list(zip(pictures, [item.label for item in items]))
@@ -610,14 +618,12 @@ def batches(images, size, batch_size, steps, augment="crop", device="cpu"):
     """Training batches of [((3, h, w) uint8, label), ...], reshuffled every epoch.
 
     Yields `steps` times x (b, 3, size, size) in [0, 1], y (b,). augment: crop, that is
-    RandomResizedCrop(0.5, 1) and flip, or none, CLIP's test view.
+    RandomResizedCrop(0.5, 1) and flip, or none; as the images were decoded.
     """
-    bicubic = v2.InterpolationMode.BICUBIC
+    view = v2.Identity()
     if augment == "crop":
-        crop = v2.RandomResizedCrop(size, (0.5, 1.0), interpolation=bicubic)
+        crop = v2.RandomResizedCrop(size, (0.5, 1.0), interpolation=BICUBIC)
         view = v2.Compose([crop, v2.RandomHorizontalFlip()])
-    else:
-        view = v2.Compose([v2.Resize(size, bicubic), v2.CenterCrop(size)])
     batch_size = min(batch_size, len(images))
     order = torch.empty(0, dtype=torch.long)
     for _ in range(steps):
@@ -811,7 +817,7 @@ def prepare(args):
     classifier = Classifier(clip, config, data.classes, data.template, args.dtype)
     if world > 1 and not rank:
         torch.distributed.barrier()
-    train = decode(data.train, classifier.size)
+    train = decode(data.train, classifier.size, args.augment)
     tests = {}
     for name, data in chosen.items():
         check_names(data.classes, data.template, config)
@@ -841,10 +847,11 @@ def measure(classifier, tests, args):
     """
     results = {}
     for name, (data, images) in reversed(tests.items()):  # the training classes come last, and stay
-        # again, as training may have changed the text tower
+        # anew, as training may have changed the text tower
         classifier.set_classes(data.classes, data.template)
         workers = min(max(1, (os.cpu_count() or 1) // 2), len(images) // 500)
-        with tqdm(total=len(images), desc=name, unit="image", disable=None, leave=False) as bar:
+        quiet = True if processes()[0] else None  # None: where stderr is no terminal
+        with tqdm(total=len(images), desc=name, unit="image", disable=quiet, leave=False) as bar:
 
             def progress(done, robust):
                 bar.set_postfix_str(f"PGD-{args.test_steps} {100 * robust / done:.1f} %")
@@ -859,10 +866,11 @@ def measure(classifier, tests, args):
                 workers=workers,
                 progress=progress,
             )
-    result = results.pop(args.dataset)
-    if results:
-        result["transfer"] = results
-    if "new" in results:
+    result = results[args.dataset]
+    others = {name: results[name] for name in tests if name != args.dataset}
+    if others:
+        result["transfer"] = others
+    if "new" in others:
         new = results["new"]
         four = [result["clean"], result["pgd"], new["clean"], new["pgd"]]
         result["H"] = statistics.harmonic_mean(four)
@@ -943,7 +951,7 @@ def evaluate(
         flags.append("more steps of the attack help the defender: the loss falls again")
     flags += sanity(classifier, images, eps, robust)
     return {
-        **{name: 100 * right.mean().item() for name, right in accuracies.items()},
+        **{name: 100 * right.double().mean().item() for name, right in accuracies.items()},
         "intervals": {name: interval(right) for name, right in accuracies.items()},
         "zero_gradient": (zero.sum() / max(1, attacked)).item(),
         "flags": flags,
@@ -976,9 +984,9 @@ def attack(net, x, y, start, eps, step, steps):
         if t == 0:
             zero = (grad.flatten(1) == 0).all(1)
         if t == steps // 4:
-            early[left] = losses.detach()
+            early[left] = losses.detach().float()
         if t == steps:
-            late[left] = losses.detach()
+            late[left] = losses.detach().float()
         keep = logits.argmax(1) == y
         right[left[~keep]] = False
         left, x, y = left[keep], x[keep], y[keep]
@@ -995,11 +1003,10 @@ def random_start(x, indices, eps):
 
     A start belongs to its image: outcomes depend neither on the batch nor on the processes.
     """
-    noise = []
-    for i in indices:
-        generator = torch.Generator().manual_seed(i)
-        noise.append(torch.empty(x.shape[1:]).uniform_(-eps, eps, generator=generator))
-    return (x + torch.stack(noise).to(x)).clamp(0, 1) - x
+    noise = torch.empty(x.shape)
+    for row, i in zip(noise, indices):
+        row.uniform_(-eps, eps, generator=torch.Generator().manual_seed(i))
+    return (x + noise.to(x)).clamp(0, 1) - x
 
 
 def sanity(net, images, eps, robust, n=64):
@@ -1009,7 +1016,8 @@ def sanity(net, images, eps, robust, n=64):
     to a few dozen random guesses; a gradient must predict the loss; a model must repeat itself.
     """
     device, n = next(net.parameters()).device, min(n, len(images))
-    pixels, labels = next(iter(DataLoader(Subset(images, range(n)), n)))
+    loader = DataLoader(Subset(images, range(n)), n, generator=torch.Generator())
+    pixels, labels = next(iter(loader))
     x, y = as_float(pixels).to(device), labels.to(device)
     survived = (robust[:n] > 0).to(device)
     flags = []

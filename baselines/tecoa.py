@@ -15,7 +15,10 @@ The paper trains with SGD, momentum 0.9, no weight decay, a rate of 1e-5 and a c
 on whole data sets. With 16 shots val chose AdamW and 3e-4 on the small CLIP, the default (our
 choice). The number of trained parameters is the image tower's: 87,849,216 on ViT-B/32.
 
-Evidence. EVIDENCE
+Evidence, on the small CLIP: 16 shots, eps 3/255, PGD-100, seeds 1-3, one CPU core, 1.5 to 3.5
+minutes of training, open_clip 3.3. Embedded data: clean 82.0 -> 69.2 +- 0.8, robust 6.0 -> 45.2 +-
+2.1. Caltech101: clean 59.8 -> 52.6 +- 1.7, robust 2.8 -> 26.0 +- 1.0. results/RESULTS.md has more.
+ViT-B/32 with CLIP's weights has not been run here.
 """
 
 import math
@@ -27,7 +30,7 @@ import torch.nn.functional as F
 import common
 
 # ------------------------------------------------------------------------------------------------
-# The method: pieces that work anywhere, with torch alone
+# The method: pieces to copy. They need torch alone
 # ------------------------------------------------------------------------------------------------
 
 
@@ -49,8 +52,8 @@ def pgd(classifier, x, y, eps, step, steps):
     """The inner maximisation: x (b, 3, h, w) in [0, 1], y (b,) -> x~.
 
     Madry et al. 2018: delta_0 ~ U(-eps, eps), delta <- clip(delta + step sign(grad CE), -eps, eps),
-    x + delta clipped to [0, 1]. eps and step in pixels. Raises ValueError in train mode,
-    FloatingPointError where the gradient is not finite.
+    x + delta clipped to [0, 1]. eps and step are in units of x: 1/255, not 1. Raises ValueError in
+    train mode, FloatingPointError where the gradient is not finite.
     """
     if classifier.training:
         raise ValueError("attack the network that is deployed: eval mode")
@@ -66,7 +69,7 @@ def pgd(classifier, x, y, eps, step, steps):
             raise FloatingPointError("the gradient of the attack is not finite")
         delta = (delta.detach() + step * grad.sign()).clamp(-eps, eps)
         delta = (x + delta).clamp(0, 1) - x
-    assert delta.abs().max() <= eps + 1e-6, "the attack left the ball"
+    assert delta.abs().max() <= eps + 1e-6, "the attack left the ball; was x in [0, 1]?"
     return x + delta
 
 
@@ -76,7 +79,7 @@ def pgd(classifier, x, y, eps, step, steps):
 
 
 def train(classifier, parameters, batches, steps, eps, lr=3e-4, published=False):
-    """Train the parameters {name: parameter} in place, on `steps` batches (x, y).
+    """Train the parameters {name: parameter} in place. batches yields (x, y) `steps` times.
 
     classifier: pixels in [0, 1] -> logits, in eval mode, with the parameters in it. published: SGD
     with momentum 0.9, as in the paper, else AdamW; neither has weight decay.
@@ -87,8 +90,8 @@ def train(classifier, parameters, batches, steps, eps, lr=3e-4, published=False)
         optimizer = torch.optim.SGD(weights, lr, momentum=0.9, weight_decay=0)
     else:
         optimizer = torch.optim.AdamW(weights, lr, weight_decay=0)
-    # the rate falls by a cosine from lr to 0
-    cosine = 0.5 * (1 + torch.cos(math.pi * torch.arange(steps) / steps))
+    # the rate falls by a cosine from lr towards 0
+    decay = 0.5 * (1 + torch.cos(math.pi * torch.arange(steps) / steps))
 
     for t, (x, y) in enumerate(batches):
         # 1. the inner maximisation: attack the current network, two steps of size eps
@@ -104,7 +107,7 @@ def train(classifier, parameters, batches, steps, eps, lr=3e-4, published=False)
         # 4. a step of the optimiser at the rate of the cosine
         for p, gradient in zip(weights, gradients):
             p.grad = gradient
-        optimizer.param_groups[0]["lr"] = lr * cosine[t].item()
+        optimizer.param_groups[0]["lr"] = lr * decay[t].item()
         optimizer.step()
 
         if (t + 1) % 50 == 0 or t + 1 == steps:
@@ -124,7 +127,8 @@ def train(classifier, parameters, batches, steps, eps, lr=3e-4, published=False)
 def load(folder, device="cpu", dtype="float32"):
     """The fine-tuned classifier of a finished run: pixels (b, 3, h, w) in [0, 1] -> logits.
 
-    `folder` holds adapter.safetensors; class names are the run's. Raises common.Fault.
+    `folder` holds adapter.safetensors; the classes are those of the run. Raises common.Fault, an
+    exception with one sentence.
     """
     tensors, facts = common.load_adapter(folder, "tecoa", [])
     classifier = common.adapted_classifier(facts, device, dtype)
@@ -176,7 +180,7 @@ def main():
     if args.lr is None:
         args.lr = 1e-5 if args.published else 3e-4
 
-    before, training = None, 0.0
+    before, seconds = None, 0.0  # with --load nothing is measured before, nor trained
     if args.load:
         restore(clip, tensors)
     else:
@@ -190,9 +194,9 @@ def main():
         batches = common.batches(
             images, classifier.size, args.batch_size, args.steps, args.augment, args.device
         )
-        training = time.time()
+        began = time.time()
         train(classifier, parameters, batches, args.steps, args.eps, args.lr, args.published)
-        training = time.time() - training
+        seconds = time.time() - began
         merge(clip, parameters)
         tensors = {name: parameter.data for name, parameter in parameters.items()}
         common.save_adapter(folder, tensors, classifier, args, "tecoa")
@@ -212,10 +216,10 @@ def main():
         before=before,
         after=after,
         trained=trained,
-        training_seconds=round(training, 1),
+        training_seconds=round(seconds, 1),
         seconds=round(time.time() - started, 1),
     )
-    common.print_end(folder, args, started, training)
+    common.print_end(folder, args, started, seconds)
 
 
 if __name__ == "__main__":

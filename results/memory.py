@@ -1,18 +1,33 @@
-"""How much memory do training and evaluation take on a GPU? A formula, and the README's table of it.
+"""How much GPU memory do AdvMask's training and evaluation take? A formula, and a table of it.
 
-    python results/memory.py [--batch-size 32] [--test-batch-size 128]
+    python results/memory.py [--batch-size 32]
 
-float32, in bytes = 4 x numbers. CLIP's weights; for AdvMask M, its gradient, its momentum and theta' (cached during a step), each of the masked
-weights' size; and what autograd keeps of a forward pass. That is, of every image and block, in units of n d (n tokens of width d, h heads, MLP r d):
+In bytes, float32, as multiples of these sizes: the weights of CLIP; the masked weights; an image;
+and, of one image in one block, n d numbers (n tokens of width d, h heads, an MLP of width r d).
 
-    ln_1's input 1 + (in_proj's input 1) + q, k, v 3 + attention's output 1 + (out_proj's input 1) + ln_2's input 1 + (c_fc's input 1)
-    + the GELU's input r, QuickGELU's sigmoid r + (c_proj's input r),            what is in brackets: only where that weight is trained;
+While it trains:   weights + M + v + gradients + theta' + batch size * an image's share
+While it evaluates: weights + M + 4 * batch size * an image's share
 
-a fused attention kernel (the GPU's, and --attention torch on a CPU) keeps no n x n matrix, but a number for each of its rows: h n. The path that
---attention auto takes on a CPU is the plain one: scaled q and k, 2 n d, and the matrix, h n^2, and the output only as out_proj's input. Layer norms
-keep 2 n each; outside the blocks, the image and the inputs of the two outer norms. On a CPU the fused kernel's output is out_proj's input; on a GPU
-in float32 it is laid out again for it (from torch's source; no GPU was at hand). tests/test_protocols.py compares the sum with measured peaks.
+M, v, the gradients and theta' have the size of the masked weights. theta' is computed anew in every
+forward pass, but autograd keeps it until the backward pass is done; the gradients of a step are
+kept until the next step's are there. When the training returns, v and gradients are gone; M stays.
+
+An image's share is what autograd keeps of it in every block,
+
+    ln_1's input 1, q, k and v 3, attention's output 1, ln_2's input 1, the GELU's input r,
+    QuickGELU's sigmoid r; and the input of a weight only where that weight is masked: in_proj's 1,
+    out_proj's 1, c_fc's 1, c_proj's r                                        (in units of n d)
+
+then 2 n numbers of every layer norm; the inputs of the outer norms, ln_pre and ln_post; 2 r n d of
+workspace in the last block; and copies of the image: 4 in training, 8 in evaluation (the image and
+its start, both again for those under attack, delta, its gradient, the sum, the normalised sum).
+
+A fused attention kernel keeps no n x n matrix, but a number for each of its rows: h n. On a CPU its
+output is out_proj's input; on a GPU in float32 that is another copy. The plain path, which the
+programs take on a CPU, keeps scaled q and k, 2 n d, and the matrix, h n^2; its output only where
+out_proj is masked.
 """
+
 import argparse
 import json
 import pathlib
@@ -24,43 +39,91 @@ HERE = pathlib.Path(__file__).resolve().parent
 MODELS = "tiny", "ViT-B-32-quickgelu", "ViT-B-16-quickgelu", "ViT-L-14-quickgelu"
 
 
-def memory(model, layers="mhsa", attention="gpu"):
-    """-> dict of bytes: weights (all of CLIP), masked (the weights that --layers masks, once), training and evaluation (activations of an image).
+def configuration(model):
+    """open_clip's model_cfg of a model by name."""
+    if model == "tiny":
+        text = (HERE.parent / "tiny" / "open_clip_config.json").read_text()
+        return json.loads(text)["model_cfg"]
+    return open_clip.get_model_config(model)
 
-    layers: mhsa, mlp or both; attention: gpu, fused (a CPU's kernel) or plain.
-    """
-    tiny = HERE.parent / "tiny" / "open_clip_config.json"
-    config = json.loads(tiny.read_text())["model_cfg"] if model == "tiny" else open_clip.get_model_config(model)
-    with torch.device("meta"):
-        weights = sum(p.numel() for p in open_clip.CLIP(**config).parameters())
+
+def shape(config):
+    """n, d, h and r of the image tower."""
     vision = config["vision_cfg"]
-    d, blocks, r, size = vision["width"], vision["layers"], vision.get("mlp_ratio", 4), vision["image_size"]
-    n, h = (size // vision["patch_size"])**2 + 1, d // vision.get("head_width", 64)
+    n = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
+    d = vision["width"]
+    h = d // vision.get("head_width", 64)
+    return n, d, h, vision.get("mlp_ratio", 4)
 
-    def activations(mhsa, mlp):
-        kept = 1 + mhsa + 3 + 1 + r * (2 if config.get("quick_gelu") else 1) + mlp * (1 + r)               # in n d
-        kept += {"gpu": 1 + mhsa, "fused": 1, "plain": mhsa + 2 + h * n / d}[attention]
-        rows = 4 * n + (0 if attention == "plain" else h * n)
-        return 4 * (blocks * (kept * n * d + rows) + 3 * size**2 + 2 * (n * d + 2 * n))
-    mhsa, mlp = layers != "mlp", layers != "mhsa"
-    return {"weights": 4 * weights, "masked": 4 * blocks * d * d * (4 * mhsa + 2 * r * mlp), "training": activations(mhsa, mlp),
-            "evaluation": activations(False, False)}
+
+def activations(config, weights="", attention="gpu"):
+    """Bytes that autograd keeps of one image in a forward pass.
+
+    weights: attn, mlp or both are masked, or none. attention: gpu, fused (a CPU's kernel) or plain.
+    """
+    n, d, h, r = shape(config)
+    attn = weights in ("attn", "both")
+    mlp = weights in ("mlp", "both")
+
+    units = 1 + 3 + 1  # both norms' inputs; q, k, v
+    units += r  # the GELU's input
+    if config.get("quick_gelu"):
+        units += r
+    if attn:
+        units += 1  # in_proj's input
+    if mlp:
+        units += 1 + r  # c_fc's and c_proj's inputs
+    rows = 4 * n  # two norms
+    if attention == "plain":
+        units += 2 + attn
+        rows += h * n**2
+    else:
+        units += 1
+        rows += h * n
+        if attention == "gpu":
+            units += attn
+    outer = 2 * (n * d + 2 * n)
+    return 4 * (config["vision_cfg"]["layers"] * (units * n * d + rows) + outer)
+
+
+def memory(model, weights="attn", attention="gpu"):
+    """-> dict of bytes.
+
+    weights: all of CLIP. masked: the masked weights, once. training, evaluation: an image's share.
+    """
+    config = configuration(model)
+    vision = config["vision_cfg"]
+    n, d, _, r = shape(config)
+    with torch.device("meta"):
+        total = sum(p.numel() for p in open_clip.CLIP(**config).parameters())
+    matrices = {"attn": 4, "mlp": 2 * r, "both": 4 + 2 * r}[weights]  # of d x d, in every block
+    image = 4 * 3 * vision["image_size"] ** 2
+    workspace = 4 * 2 * r * n * d
+    return {
+        "weights": 4 * total,
+        "masked": 4 * vision["layers"] * matrices * d**2,
+        "training": activations(config, weights, attention) + workspace + 4 * image,
+        "evaluation": activations(config, "", attention) + workspace + 8 * image,
+    }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--batch-size", type=int, default=32, help="training batch")
-    parser.add_argument("--test-batch-size", type=int, default=128, help="evaluation batch")
-    args = parser.parse_args()
-    print(f"| model | weights | M, gradient, momentum, theta' | activations of an image: training, evaluation | training, batch {args.batch_size} |"
-          f" evaluation, batch {args.test_batch_size} |\n|---|---|---|---|---|---|")
+    parser.add_argument("--batch-size", type=int, default=32, help="training batch (default: 32)")
+    batch = parser.parse_args().batch_size
+    print(
+        f"| model | weights | M, v, gradients, theta' | an image's share: training, evaluation "
+        f"| training, batch {batch} | evaluation, batch {4 * batch} |\n|---|---|---|---|---|---|"
+    )
     for model in MODELS:
         m = memory(model)
-        training = m["weights"] + 4 * m["masked"] + args.batch_size * m["training"]
-        # M, its gradient and its momentum still exist
-        evaluation = m["weights"] + 3 * m["masked"] + args.test_batch_size * m["evaluation"]
-        print(f"| {model} | {m['weights'] / 2**20:.0f} MiB | {4 * m['masked'] / 2**20:.0f} MiB | {m['training'] / 2**20:.1f}, "
-              f"{m['evaluation'] / 2**20:.1f} MiB | {training / 2**30:.1f} GiB | {evaluation / 2**30:.1f} GiB |")
+        training = m["weights"] + 4 * m["masked"] + batch * m["training"]
+        evaluation = m["weights"] + m["masked"] + 4 * batch * m["evaluation"]
+        print(
+            f"| {model} | {m['weights'] / 2**20:.0f} MiB | {4 * m['masked'] / 2**20:.0f} MiB "
+            f"| {m['training'] / 2**20:.1f}, {m['evaluation'] / 2**20:.1f} MiB "
+            f"| {training / 2**30:.1f} GiB | {evaluation / 2**30:.1f} GiB |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,53 +1,123 @@
-"""Draw the curve over shots, clean and PGD, from the results of `python results/sweep.py shots` -> results/shots.png, or results/<model>/shots.png.
+"""Draw the results: the curve over shots, and clean against robust accuracy, a mark a method.
 
-    python results/pictures.py                                                         # --model and --datasets as sweep.py had them
+    python results/pictures.py    # --model and --datasets as sweep.py had them
 
-Mean and standard deviation over the seeds that are there; the colours are Okabe and Ito's, which colour-blind people tell apart.
+Writes results/shots.png and results/methods.png, or results/<model>/. Mean and standard deviation
+over the seeds that are there; the colours are Okabe and Ito's, which colour-blind people tell
+apart.
 """
+
 import argparse
 import statistics
 
+import sweep
+from experiments import BOTH, TABLES
 from matplotlib.figure import Figure
 
-from experiments import BOTH, HERE, METHODS, read, runs, scores
+COLOURS = {
+    "zero-shot": "#000000",
+    "AdvMask": "#0072B2",
+    "AdvLoRA": "#D55E00",
+    "TeCoA": "#009E73",
+}
+MARKS = {"zero-shot": "X", "AdvMask": "o", "AdvLoRA": "s", "TeCoA": "D"}
+STYLES = {"clean": "o-", "PGD": "s--"}
+SHOTS = (1, 2, 4, 8, 16)
 
-COLOURS, STYLES = dict(zip(METHODS, ("#0072B2", "#D55E00"))), {"clean": "o-", "PGD": "s--"}
-SHOTS = 1, 2, 4, 8, 16
+
+def spread(values):
+    """-> mean, standard deviation (0 of a single value)."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0
+    return statistics.mean(values), deviation
 
 
 def curves(dataset, model="tiny"):
-    """{(method, clean or PGD): [(shots, mean, deviation), ...]}; shots 0 are zero-shot's, of no method."""
+    """{(method, clean or PGD): [(shots, mean, deviation), ...]}; zero-shot has 0 shots.
+
+    All points of a curve are of the same training: the row "earlier" comes before the present one.
+    """
     points = {}
-    for _, row, files in runs("shots", model, [dataset]):
-        if found := read("shots", files):
-            method, _, shots = row.partition(", ")
-            for key in STYLES:
-                values = [scores(r)[0][key] for r in found]
-                deviation = statistics.stdev(values) if len(values) > 1 else 0
-                points.setdefault((method, key), []).append((int(shots.split()[0]) if shots else 0, statistics.mean(values), deviation))
+    for name in TABLES["shots"].rows:
+        row = sweep.find("shots", name, dataset, model)
+        if row is None:
+            continue
+        method, _, shots = name.partition(", ")
+        number = int(shots.split()[0]) if shots else 0
+        for key in STYLES:
+            curve = points.setdefault((method, key), [])
+            if number not in [drawn for drawn, _, _ in curve]:
+                curve.append((number, *spread(row.values[key])))
     return points
+
+
+def marks(dataset, model="tiny"):
+    """{method: ((mean, deviation) of clean, (mean, deviation) of PGD)} of the table main."""
+    found = {}
+    for method in TABLES["main"].rows:
+        row = sweep.find("main", method, dataset, model)
+        if row is not None:
+            found[method] = spread(row.values["clean"]), spread(row.values["PGD"])
+    return found
+
+
+def panels(datasets, model, width):
+    """A white figure with a panel for every dataset, and their titles."""
+    figure = Figure((1 + width * len(datasets), 3.6), layout="constrained", facecolor="white")
+    axes = figure.subplots(1, len(datasets), sharex=True, sharey=True, squeeze=False)[0]
+    for panel, dataset in zip(axes, datasets):
+        panel.set_title(f"{'small CLIP' if model == 'tiny' else model}, {dataset}")
+    return figure, axes
+
+
+def draw_shots(datasets, model, eps):
+    """Accuracy over shots, clean and under PGD."""
+    figure, axes = panels(datasets, model, 3.5)
+    for panel, dataset in zip(axes, datasets):
+        for (method, key), points in curves(dataset, model).items():
+            shots, means, deviations = zip(*sorted(points))
+            label = f"{method}, {key}"
+            colour = COLOURS[method]
+            if method == "zero-shot":
+                line = STYLES[key][1:]
+                panel.axhline(means[0], color=colour, linestyle=line, linewidth=0.9, label=label)
+                continue
+            options = {"color": colour, "markersize": 4, "capsize": 2, "label": label}
+            panel.errorbar(shots, means, deviations, fmt=STYLES[key], **options)
+        panel.set_xscale("log", base=2)
+        panel.set(xlabel="training images per class", xticks=SHOTS, xticklabels=SHOTS)
+        panel.set_ylim(0, 100)
+    axes[0].set_ylabel(f"accuracy [%] (PGD: PGD-100, eps {eps}/255)")
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right upper", fontsize="small")
+    return figure
+
+
+def draw_methods(datasets, model, eps):
+    """Robust against clean accuracy: a mark a method, its deviation over seeds as a cross."""
+    figure, axes = panels(datasets, model, 3.2)
+    for panel, dataset in zip(axes, datasets):
+        for method, (clean, robust) in marks(dataset, model).items():
+            options = {"fmt": MARKS[method], "color": COLOURS[method], "capsize": 2}
+            panel.errorbar(clean[0], robust[0], robust[1], clean[1], label=method, **options)
+        panel.set_xlabel("clean accuracy [%]")
+        panel.margins(0.15)
+        panel.set_ylim(bottom=0)
+        panel.grid(color="#dddddd", linewidth=0.6)
+    axes[0].set_ylabel(f"accuracy under PGD-100 [%], eps {eps}/255")
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right upper", fontsize="small")
+    return figure
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--datasets", nargs="+", default=BOTH)
+    parser.add_argument("--model", default="tiny", help="--model of the runs")
+    parser.add_argument("--datasets", nargs="+", default=BOTH, help="a panel for each")
     args = parser.parse_args()
-    name, eps = ("small CLIP", 3) if args.model == "tiny" else (args.model, 1)
-    figure = Figure((1 + 3.5 * len(args.datasets), 3.6), layout="constrained")
-    panels, = figure.subplots(1, len(args.datasets), sharey=True, squeeze=False)
-    for axes, dataset in zip(panels, args.datasets):
-        for (method, key), points in curves(dataset, args.model).items():
-            shots, means, deviations = zip(*sorted(points))
-            if shots == (0,):
-                axes.axhline(means[0], color="black", linestyle="-" if key == "clean" else "--", linewidth=0.9, label=f"zero-shot, {key}")
-            else:
-                axes.errorbar(shots, means, deviations, fmt=STYLES[key], color=COLOURS[method], markersize=4, capsize=2, label=f"{method}, {key}")
-        axes.set_xscale("log", base=2)
-        axes.set(title=f"{name}, {dataset}", xlabel="training images per class", xticks=SHOTS, xticklabels=SHOTS, ylim=(0, 100))
-    panels[0].set_ylabel(f"accuracy [%] (PGD: PGD-100, eps {eps}/255)")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize="small")
-    figure.savefig(HERE / ("" if args.model == "tiny" else args.model) / "shots.png", dpi=150)
+    eps = 3 if args.model == "tiny" else 1
+    folder = sweep.file_of("main", args.model).parent
+    draw_shots(args.datasets, args.model, eps).savefig(folder / "shots.png", dpi=150)
+    draw_methods(args.datasets, args.model, eps).savefig(folder / "methods.png", dpi=150)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""What the tests share: the data that ADV_DATA names, the small CLIP, a linear classifier whose robustness has a closed form, programs run here."""
+"""What the tests share: data, the small CLIP, a linear classifier whose robustness has a closed
+form, and programs that run in this process."""
+
 import importlib
 import os
 import pathlib
+import random
 import sys
 from types import SimpleNamespace
 
@@ -15,20 +18,30 @@ import common
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "numbers: asserts accuracies of the small CLIP; its thresholds are constants at the top of the file")
+    numbers = "asserts accuracies of the small CLIP; their thresholds are constants of the file"
+    config.addinivalue_line("markers", f"numbers: {numbers}")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def fast_attention():
-    """The CPU kernels that the programs choose; see common.parse."""
+    """The CPU kernel that the programs choose; see common.parse."""
     torch.backends.cuda.enable_flash_sdp(False)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test starts from the same random state, whichever tests run."""
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
 
 
 @pytest.fixture(scope="session")
 def data_root():
     """The folder that ADV_DATA names, in CoOp's layout."""
     if not os.environ.get("ADV_DATA"):
-        pytest.skip("ADV_DATA is not set: it names a folder with caltech-101/, splits/ and fewshot_indices/")
+        wanted = "a folder with caltech-101/, tiny-imagenet-200/, splits/ and fewshot_indices/"
+        pytest.skip(f"ADV_DATA is not set: it names {wanted}")
     return pathlib.Path(os.environ["ADV_DATA"])
 
 
@@ -40,6 +53,7 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def embedded():
+    """The data in tiny/, as common.Data."""
     return common.load_dataset("embedded", None)
 
 
@@ -51,9 +65,11 @@ def classifier(tiny, embedded):
 
 @pytest.fixture
 def images(embedded):
-    """Six test images of the embedded set, float in [0, 1], and their labels."""
-    x, y = common.test_set(embedded.test[::37], 64)
-    return x.float() / 255, y
+    """Six test images of the embedded set: x (6, 3, 64, 64) in [0, 1], y (6,)."""
+    pairs = list(common.TestImages(embedded.test[::37], 64))
+    x = torch.stack([pixels for pixels, _ in pairs]) / 255
+    y = torch.tensor([label for _, label in pairs])
+    return x, y
 
 
 class Linear(nn.Module):
@@ -63,7 +79,7 @@ class Linear(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.W = nn.Parameter(torch.randn(2, pixels, generator=generator))
-        self.b = nn.Parameter(-self.W.detach().sum(1) / 2)    # even odds for a mid-grey image
+        self.b = nn.Parameter(-self.W.detach().sum(1) / 2)  # even odds for a mid-grey image
         self.inputs = []
 
     def forward(self, x):
@@ -72,19 +88,26 @@ class Linear(nn.Module):
 
 
 def make_linear(side=4, eps=0.02):
-    """A binary problem: net, x far from 0 and 1, y (some wrong), eps, margin, and its worst in the ball, margin - eps |w_y - w_other|_1."""
+    """A binary problem that can be solved by hand: net, x (40, 3, side, side), y, some wrong, eps.
+
+    margin is the right logit less the other, and worst its least value in the ball,
+    margin - eps |w_y - w_other|_1: x is so far from 0 and 1 that no pixel is clipped. images is
+    the same as a list of (pixels, label).
+    """
     net = Linear(3 * side**2).eval()
     x = 0.3 + 0.4 * torch.rand(40, 3, side, side, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         logits = net(x)
         y = logits.argmax(1)
         y[::7] = 1 - y[::7]
-        margin = (logits[range(40), y] - logits[range(40), 1 - y])
+        margin = logits[range(40), y] - logits[range(40), 1 - y]
         worst = margin - eps * (net.W[0] - net.W[1]).abs().sum()
     assert worst.abs().min() > 1e-3, "no tie"
-    assert 0.2 < (worst > 0).float().mean() < (margin > 0).float().mean() < 1, "neither hopeless nor trivial"
+    clean, robust = (margin > 0).float().mean(), (worst > 0).float().mean()
+    assert 0.2 < robust < clean < 1, "neither hopeless nor trivial"
     net.inputs.clear()
-    return SimpleNamespace(net=net, x=x, y=y, eps=eps, margin=margin, worst=worst)
+    images = list(zip(x, y.tolist()))
+    return SimpleNamespace(net=net, x=x, y=y, images=images, eps=eps, margin=margin, worst=worst)
 
 
 @pytest.fixture
@@ -99,10 +122,15 @@ def make_linear_fixture():
 
 @pytest.fixture
 def program(monkeypatch, capsys, tmp_path):
-    """program("advmask", *arguments) -> code, out, err of `python advmask.py arguments`, in this process, from an empty folder."""
+    """program("advmask", *arguments) -> code, out, err of `python advmask.py arguments`.
+
+    It runs in this process, from an empty folder; "baselines.tecoa" names a baseline.
+    """
+
     def run(name, *arguments):
         capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        file = name.replace(".", "/") + ".py"
+        monkeypatch.setattr(sys, "argv", [file, *map(str, arguments)])
         monkeypatch.chdir(tmp_path)
         code = 0
         try:
@@ -110,25 +138,31 @@ def program(monkeypatch, capsys, tmp_path):
         except SystemExit as stop:
             code = stop.code
         return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
+
     return run
 
 
 @pytest.fixture
 def picture_folder():
-    """picture_folder(path, classes, n): n noise images per class, as --dataset folder wants them."""
+    """picture_folder(path, classes, n): n noise images a class, as --dataset folder wants them."""
+
     def make(path, classes=("cat", "dog"), n=4, size=40):
         generator = np.random.default_rng(0)
         for name in classes:
             (path / name).mkdir(parents=True)
             for i in range(n):
-                Image.fromarray(generator.integers(0, 256, (size, size + 8, 3), dtype=np.uint8)).save(path / name / f"{i}.png")
+                noise = generator.integers(0, 256, (size, size + 8, 3), dtype=np.uint8)
+                Image.fromarray(noise).save(path / name / f"{i}.png")
         return path
+
     return make
 
 
 def files_in(folder):
     """Every file under a folder, hidden ones too."""
-    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir()) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if not p.is_dir())
 
 
 @pytest.fixture(name="files_in")

@@ -1,116 +1,362 @@
-"""common.py against the published index files, closed forms, and open_clip's own code."""
+"""common.py's arguments, data, CLIP and files, against the published index files, closed forms and
+open_clip's own code. Its robust evaluation is in test_evaluation.py."""
+
+import argparse
 import errno
+import io
 import json
 import os
 import pathlib
 import signal
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import open_clip
 import pytest
+import safetensors.torch
 import torch
 import torchvision
 from PIL import Image
+from torch import nn
+from torch.nn.utils import parametrize
 
 import common
 
+# ------------------------------------------------------------------------------------------------
+# Arguments
+# ------------------------------------------------------------------------------------------------
 
-# ---------------------------------------------------------------------------------------------------------------------------- few shots
-@pytest.mark.parametrize("name, split", [("caltech101", "caltech-101/split_zhou_Caltech101.json"),
-                                         ("oxford_pets", "splits/split_zhou_OxfordPets.json")])
+
+def parsed(*arguments):
+    """The shared arguments of a program that was called like this."""
+    parser = common.Parser()
+    common.add_arguments(parser)
+    return common.parse(parser, [str(argument) for argument in arguments])
+
+
+@pytest.mark.parametrize("text, value", [("1/255", 1 / 255), ("0.004", 0.004), ("0", 0)])
+def test_a_fraction_is_a_number_or_a_quotient(text, value):
+    assert common.fraction(text) == value
+
+
+@pytest.mark.parametrize("text", ["-1/255", "1/0", "nan", "inf", "1/255/2", "small", ""])
+def test_what_is_no_fraction_is_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="such as 1/255"):
+        common.fraction(text)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "nan", "many", str(2**63)])
+def test_a_count_is_a_whole_number_of_at_least_1(text):
+    assert common.at_least(1)("1") == 1
+    with pytest.raises(argparse.ArgumentTypeError, match="at least 1"):
+        common.at_least(1)(text)
+
+
+@pytest.mark.parametrize(
+    "arguments, model, eps",
+    [
+        ([], "tiny", common.TINY_EPS),
+        (["--dataset", "caltech101"], "ViT-B-32-quickgelu", 1 / 255),
+        (["--dataset", "caltech101", "--model", "tiny"], "tiny", common.TINY_EPS),
+        (["--model", "ViT-B-16"], "ViT-B-16", 1 / 255),
+        (["--eps", "2/255"], "tiny", 2 / 255),
+    ],
+)
+def test_model_and_eps_depend_on_the_data_and_the_model(arguments, model, eps):
+    args = parsed(*arguments)
+    assert (args.model, args.eps) == (model, eps)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--eps", "3"], "did you mean 3/255?"),
+        (["--transfer", "new"], "--classes base"),
+        (["--transfer", "new", "--classes", "new"], "--classes base"),
+        (["--transfer", "dtd", "dtd"], "dataset twice"),
+        (["--dataset", "dtd", "--transfer", "dtd"], "dataset twice"),
+        (["--dtype", "float16"], "float16 is refused"),
+        (["--device", "abacus"], "try --device cpu"),
+        (["--shots", "0"], "at least 1"),
+        (["--shot-gun", "1"], "--help lists the arguments"),
+    ],
+)
+def test_wrong_arguments_are_faults(arguments, words):
+    with pytest.raises(common.Fault) as fault:
+        parsed(*arguments)
+    assert words in str(fault.value)
+
+
+def test_transfer_to_new_and_others_is_allowed_from_base():
+    args = parsed("--classes", "base", "--transfer", "new", "dtd")
+    assert args.transfer == ["new", "dtd"]
+
+
+@pytest.mark.parametrize(
+    "flags, dtype",
+    [
+        ("flags : fpu avx2 amx_bf16", "bfloat16"),
+        ("flags : fpu avx512_bf16 avx2", "bfloat16"),
+        ("Features : asimd bf16", "bfloat16"),
+        ("flags : fpu avx2 avx512f avx512_bf16_not", "float32"),
+    ],
+)
+def test_dtype_auto_is_bfloat16_where_the_cpu_lists_it(monkeypatch, flags, dtype):
+    monkeypatch.setattr(pathlib.Path, "exists", lambda path: True)
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda path: f"model name : x\n{flags}\n")
+    assert parsed("--device", "cpu").dtype == dtype
+    assert parsed("--device", "cpu", "--dtype", "float32").dtype == "float32"
+
+
+def test_dtype_auto_is_float32_where_the_cpu_tells_nothing(monkeypatch):
+    monkeypatch.setattr(pathlib.Path, "exists", lambda path: False)
+    assert parsed("--device", "cpu").dtype == "float32"
+
+
+@pytest.mark.parametrize("computes", [True, False])
+def test_on_a_gpu_dtype_auto_asks_for_hardware_not_for_emulation(monkeypatch, computes):
+    def is_bf16_supported(including_emulation=True):
+        return computes or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_bf16_supported)
+    assert common.computes_in_bfloat16("cuda") == computes
+    assert common.computes_in_bfloat16("cuda:1") == computes
+
+
+def test_parse_sets_the_seed_and_the_attention_kernel():
+    torch.backends.cuda.enable_flash_sdp(True)
+    parsed("--seed", "5", "--device", "cpu")
+    first = torch.rand(3)
+    assert not torch.backends.cuda.flash_sdp_enabled()
+    parsed("--seed", "5", "--device", "cpu")
+    assert torch.equal(torch.rand(3), first)
+    parsed("--seed", "6", "--device", "cpu")
+    assert not torch.equal(torch.rand(3), first)
+
+
+# ------------------------------------------------------------------------------------------------
+# guard
+# ------------------------------------------------------------------------------------------------
+
+
+def guarded(fault):
+    """Run a program that raises this; -> its exit code."""
+
+    def main():
+        raise fault
+
+    with pytest.raises(SystemExit) as stop:
+        common.guard(main)
+    return stop.value.code
+
+
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        (common.Fault("two\nlines"), "two lines"),
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x/y"), "Permission denied: /x/y"),
+        (KeyboardInterrupt(), "interrupted"),
+        (FloatingPointError("not finite"), "a lower rate may help"),
+    ],
+)
+def test_guard_says_one_sentence_and_exits_2(capsys, fault, words):
+    assert guarded(fault) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert words in err
+
+
+@pytest.mark.parametrize("bug", [ZeroDivisionError(), RuntimeError("shapes"), AssertionError()])
+def test_guard_lets_bugs_through(bug):
+    def main():
+        raise bug
+
+    with pytest.raises(type(bug)):
+        common.guard(main)
+
+
+def test_guard_gives_what_the_program_gives():
+    assert common.guard(lambda: 3) == 3
+
+
+def test_a_process_whose_other_has_ended_waits_so_that_one_sentence_is_printed(monkeypatch, capsys):
+    slept = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    assert guarded(RuntimeError("[gloo/pair.cc] Connection closed by peer [::1]:9")) == 2
+    assert slept == [3]
+    assert "another process of torchrun has ended" in capsys.readouterr().err
+
+
+def test_under_torchrun_only_process_0_prints(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # undone at the end
+    common.guard(lambda: print("hello"))
+    assert capsys.readouterr().out == ""
+
+
+# ------------------------------------------------------------------------------------------------
+# Few-shot draws and halves
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, split",
+    [
+        ("caltech101", "caltech-101/split_zhou_Caltech101.json"),
+        ("oxford_pets", "splits/split_zhou_OxfordPets.json"),
+    ],
+)
 @pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("k", [1, 2, 4, 8, 16])
 def test_few_shot_is_the_published_draw(data_root, name, split, k, seed):
-    parsed = json.loads((data_root / split).read_text())
-    train, val = common.few_shot(parsed["train"], parsed["val"], k, seed)
-    published = json.loads((data_root / "fewshot_indices" / name / f"shot_{k}-seed_{seed}.json").read_text())
+    lists = json.loads((data_root / split).read_text())
+    train, val = common.few_shot(lists["train"], lists["val"], k, seed)
+    index = data_root / "fewshot_indices" / name / f"shot_{k}-seed_{seed}.json"
+    published = json.loads(index.read_text())
     for mine, part in ((train, "train"), (val, "val")):
         theirs = published[part]["data"]
         assert len(mine) == len(theirs)
         for (path, label, class_name), item in zip(mine, theirs):
-            assert item["impath"].endswith("/" + path) and (item["label"], item["classname"]) == (label, class_name)
+            assert item["impath"].endswith("/" + path)
+            assert item["label"] == label
+            assert item["classname"] == class_name
 
 
 def items_of(counts):
-    return [common.Item(f"{label}-{i}", label, f"c{label}") for label, n in enumerate(counts) for i in range(n)]
+    """counts[c] items of class c."""
+    items = []
+    for label, n in enumerate(counts):
+        for i in range(n):
+            items.append(common.Item(f"{label}-{i}", label, f"c{label}"))
+    return items
+
+
+def counted(items, classes):
+    return np.bincount([item.label for item in items], minlength=classes).tolist()
 
 
 def test_few_shot_gives_all_of_a_small_class():
     train, val = common.few_shot(items_of([5, 2, 4]), items_of([1, 9, 9]), 4, seed=1)
-    assert [sum(i.label == c for i in train) for c in range(3)] == [4, 2, 4]
-    assert [sum(i.label == c for i in val) for c in range(3)] == [1, 4, 4]
+    assert counted(train, 3) == [4, 2, 4]
+    assert counted(val, 3) == [1, 4, 4]
     assert len(set(train)) == len(train)
+
+
+@pytest.mark.parametrize("k, of_val", [(1, 1), (3, 3), (4, 4), (8, 4)])
+def test_few_shot_draws_at_most_4_a_class_of_val(k, of_val):
+    train, val = common.few_shot(items_of([9, 9]), items_of([9, 9]), k, seed=1)
+    assert counted(train, 2) == [k, k]
+    assert counted(val, 2) == [of_val, of_val]
 
 
 @pytest.mark.parametrize("n, base", [(2, 1), (5, 3), (10, 5), (101, 51)])
 def test_half_is_coops_base_and_new(n, base):
     items = items_of([2] * n)
-    data = common.Data([f"c{i}" for i in range(n)], "a {}.", items, items[::2], items)
-    parts = {part: common.half(data, part) for part in ("all", "base", "new")}
-    assert parts["all"] == data
-    assert parts["base"].classes == data.classes[:base] and parts["new"].classes == data.classes[base:]
-    for half in (parts["base"], parts["new"]):
-        for some in half[2:]:
-            assert sorted({i.label for i in some}) == list(range(len(half.classes)))
-            assert all(half.classes[i.label] == i.name for i in some)
-    seen = [{i.image for i in parts[p].test} for p in ("base", "new")]
-    assert not seen[0] & seen[1] and seen[0] | seen[1] == {i.image for i in items}
+    names = [f"c{i}" for i in range(n)]
+    data = common.Data(names, "a {}.", items, items[::2], items)
+    assert common.half(data, "all") == data
+    first, second = common.half(data, "base"), common.half(data, "new")
+    assert first.classes == names[:base]
+    assert second.classes == names[base:]
+    for part in (first, second):
+        for some in (part.train, part.val, part.test):
+            assert sorted({item.label for item in some}) == list(range(len(part.classes)))
+            assert all(part.classes[item.label] == item.name for item in some)
+    images = [{item.image for item in part.test} for part in (first, second)]
+    assert not images[0] & images[1]
+    assert images[0] | images[1] == {item.image for item in items}
 
 
-# ----------------------------------------------------------------------------------------------------------------------------- datasets
+# ------------------------------------------------------------------------------------------------
+# Datasets
+# ------------------------------------------------------------------------------------------------
+
+
 def test_caltech101_is_the_published_split(data_root):
     data = common.load_dataset("caltech101", data_root)
-    assert [len(part) for part in data[2:]] == [4128, 1649, 2465] and len(data.classes) == 100
-    assert data.classes[0] == "face" and not any("_" in name for name in data.classes)
+    assert (len(data.train), len(data.val), len(data.test)) == (4128, 1649, 2465)
+    assert len(data.classes) == 100
+    assert data.classes[0] == "face"
+    assert not any("_" in name for name in data.classes)
     assert all(item.image.is_file() for item in data.test)
 
 
-# the protocol's counts of train, val and test images and classes, and prompts for a class `x_y`
+# the protocol's counts of train, val and test images and of classes
 PUBLISHED = {
-    "caltech101": ((4128, 1649, 2465, 100), "a photo of a x y."),
-    "dtd": ((2820, 1128, 1692, 47), "x y texture."),
-    "eurosat": ((13500, 5400, 8100, 10), "a centered satellite photo of x y."),
-    "oxford_flowers": ((4093, 1633, 2463, 102), "a photo of a x y, a type of flower."),
-    "oxford_pets": ((2944, 736, 3669, 37), "a photo of a x y, a type of pet."),
-    "stanford_cars": ((6509, 1635, 8041, 196), "a photo of a x y."),
-    "ucf101": ((7639, 1898, 3783, 101), "a photo of a person doing x y."),
+    "caltech101": (4128, 1649, 2465, 100),
+    "dtd": (2820, 1128, 1692, 47),
+    "eurosat": (13500, 5400, 8100, 10),
+    "oxford_flowers": (4093, 1633, 2463, 102),
+    "oxford_pets": (2944, 736, 3669, 37),
+    "stanford_cars": (6509, 1635, 8041, 196),
+    "ucf101": (7639, 1898, 3783, 101),
 }
-PROMPTS = {**{name: prompt for name, (_, prompt) in PUBLISHED.items()}, "fgvc_aircraft": "a photo of a x y, a type of aircraft.",
-           "food101": "a photo of x y, a type of food.", "imagenet": "a photo of a x y.", "sun397": "a photo of a x y.",
-           "tiny_imagenet": "a photo of a x y."}
+# CoOp's prompt of a class called `x y`
+PROMPTS = {
+    "caltech101": "a photo of a x y.",
+    "dtd": "x y texture.",
+    "eurosat": "a centered satellite photo of x y.",
+    "fgvc_aircraft": "a photo of a x y, a type of aircraft.",
+    "food101": "a photo of x y, a type of food.",
+    "imagenet": "a photo of a x y.",
+    "oxford_flowers": "a photo of a x y, a type of flower.",
+    "oxford_pets": "a photo of a x y, a type of pet.",
+    "stanford_cars": "a photo of a x y.",
+    "sun397": "a photo of a x y.",
+    "tiny_imagenet": "a photo of a x y.",
+    "ucf101": "a photo of a person doing x y.",
+}
 
 
 def test_the_prompts_are_the_published_ones():
-    assert {name: source.template.format("x y") for name, source in common.DATASETS.items()} == PROMPTS
+    found = {name: source.template.format("x y") for name, source in common.DATASETS.items()}
+    assert found == PROMPTS
 
 
 @pytest.fixture
 def layout(data_root, tmp_path):
     """layout(name): CoOp's folder of a dataset with the published split and no image -> root."""
+
     def make(name):
         source = common.DATASETS[name]
-        (tmp_path / source.folder / source.images / "some").mkdir(parents=True)
-        there = [p for p in (data_root / "splits" / source.split, data_root / source.folder / source.split) if p.exists()]
-        (tmp_path / source.folder / source.split).write_bytes(there[0].read_bytes())
+        folder = tmp_path / source.folder
+        (folder / source.images / "some").mkdir(parents=True)
+        split = data_root / "splits" / source.split
+        if not split.exists():
+            split = data_root / source.folder / source.split
+        (folder / source.split).write_bytes(split.read_bytes())
         return tmp_path
+
     return make
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_splits(layout, name):
-    data, source = common.load_dataset(name, root := layout(name)), common.DATASETS[name]
-    assert (*map(len, data[2:]), len(data.classes)) == PUBLISHED[name][0]
-    assert not any("_" in c for c in data.classes) and sorted({i.label for i in data.train}) == list(range(len(data.classes)))
-    assert all(i.image.is_relative_to(root / source.folder / source.images) and data.classes[i.label] == i.name.replace("_", " ") for i in data.test)
-    train, val = common.few_shot(data.train, data.val, 16, 1)
-    counts = [np.bincount([i.label for i in part], minlength=len(data.classes)) for part in (train, val)]
-    assert counts[0].max() == 16 and counts[1].max() == 4 and len(set(train)) == len(train)
-    parsed = json.loads((root / source.folder / source.split).read_text())
-    parsed["test"][0][0] = "another.jpg"
-    (root / source.folder / source.split).write_text(json.dumps(parsed))
+    root, source = layout(name), common.DATASETS[name]
+    data = common.load_dataset(name, root)
+    found = len(data.train), len(data.val), len(data.test), len(data.classes)
+    assert found == PUBLISHED[name]
+    assert not any("_" in word for word in data.classes)
+    assert sorted({item.label for item in data.train}) == list(range(len(data.classes)))
+    for item in data.test:
+        assert item.image.is_relative_to(root / source.folder / source.images)
+        assert data.classes[item.label] == item.name.replace("_", " ")
+
+
+def test_a_split_of_other_content_is_refused(layout):
+    root, source = layout("oxford_pets"), common.DATASETS["oxford_pets"]
+    split = root / source.folder / source.split
+    lists = json.loads(split.read_text())
+    lists["test"][0][0] = "another.jpg"
+    split.write_text(json.dumps(lists))
     with pytest.raises(common.Fault, match="not the published split"):
-        common.load_dataset(name, root)
+        common.load_dataset("oxford_pets", root)
 
 
 def test_aircraft_is_read_from_its_own_lists(tmp_path):
@@ -118,10 +364,13 @@ def test_aircraft_is_read_from_its_own_lists(tmp_path):
     (folder / "images").mkdir(parents=True)
     (folder / "images" / "1.jpg").write_bytes(b"")
     (folder / "variants.txt").write_text("707-320\nF/A-18\n")
-    for part, lines in (("train", "0001 F/A-18\n0002 707-320\n"), ("val", "0003 707-320\n"), ("test", "0004 F/A-18\n0005 707-320\n")):
-        (folder / f"images_variant_{part}.txt").write_text(lines)
+    (folder / "images_variant_train.txt").write_text("0001 F/A-18\n0002 707-320\n")
+    (folder / "images_variant_val.txt").write_text("0003 707-320\n")
+    (folder / "images_variant_test.txt").write_text("0004 F/A-18\n0005 707-320\n")
     data = common.load_dataset("fgvc_aircraft", tmp_path)
-    assert data.classes == ["707-320", "F/A-18"] and [[i.label for i in part] for part in data[2:]] == [[1, 0], [0], [1, 0]]
+    assert data.classes == ["707-320", "F/A-18"]
+    labels = [[item.label for item in part] for part in (data.train, data.val, data.test)]
+    assert labels == [[1, 0], [0], [1, 0]]
     assert data.test[0].image == folder / "images" / "0004.jpg"
     (folder / "variants.txt").unlink()
     with pytest.raises(common.Fault, match="cannot be read"):
@@ -137,122 +386,512 @@ def test_imagenet_is_read_from_its_folders(tmp_path):
                 (folder / "images" / part / wnid / f"{wnid}_{i}.JPEG").write_bytes(b"")
     (folder / "classnames.txt").write_text("n01 great white shark\nn02 tench\n")
     data = common.load_dataset("imagenet", tmp_path)
-    assert data.classes == ["great white shark", "tench"] and [len(part) for part in data[2:]] == [6, 4, 4]
-    assert data.train[0].image == folder / "images" / "train" / "n01" / "n01_0.JPEG" and data.val == data.test
+    assert data.classes == ["great white shark", "tench"]
+    assert (len(data.train), len(data.val), len(data.test)) == (6, 4, 4)
+    assert data.train[0].image == folder / "images" / "train" / "n01" / "n01_0.JPEG"
+    assert data.val == data.test
 
 
 def test_tiny_imagenet_is_the_published_one(data_root):
     data = common.load_dataset("tiny_imagenet", data_root)
-    assert len(data.classes) == 200 and len(data.test) == 10_000 and data.classes[0] == "goldfish"
-    assert all(i.image.is_file() for i in data.test[::500]) and np.bincount([i.label for i in data.test]).tolist() == [50] * 200
+    assert len(data.classes) == 200
+    assert data.classes[0] == "goldfish"
+    assert all(item.image.is_file() for item in data.test[::500])
+    assert counted(data.test, 200) == [50] * 200
 
 
-@pytest.mark.parametrize("name", [name for name in common.DATASETS if name != "caltech101"])
-def test_where_the_images_are_not_the_sentence_says_where_to_get_them(tmp_path, name):
+@pytest.mark.parametrize("name", common.DATASETS)
+def test_what_torchvision_cannot_download_comes_with_an_address(tmp_path, name):
     source = common.DATASETS[name]
-    with pytest.raises(common.Fault, match="is missing") as fault:
-        common.load_dataset(name, tmp_path, download=False)
-    assert str(tmp_path / source.folder / source.images) in str(fault.value) and source.origin in str(fault.value)
-    if not source.origin.isalnum():    # torchvision cannot: never tried
-        with pytest.raises(common.Fault, match="http|DATASETS.md"):
-            common.load_dataset(name, tmp_path)
-    else:
+    if source.origin.isalnum():
         assert hasattr(torchvision.datasets, source.origin)
+        return
+    with pytest.raises(common.Fault, match="is missing") as fault:
+        common.load_dataset(name, tmp_path)
+    assert "http" in str(fault.value)
+    assert source.origin in str(fault.value)
+    assert str(tmp_path / source.folder / source.images) in str(fault.value)
 
 
 def test_embedded_is_balanced(embedded):
-    for part, each in zip(embedded[2:], (16, 4, 20)):
-        assert np.bincount([i.label for i in part]).tolist() == [each] * 10
+    assert counted(embedded.train, 10) == [16] * 10
+    assert counted(embedded.val, 10) == [4] * 10
+    assert counted(embedded.test, 10) == [20] * 10
 
 
 def test_folder_splits_every_class(tmp_path, picture_folder):
-    data = common.load_folder(picture_folder(tmp_path / "d", ("b_x", "a"), 10))
+    root = picture_folder(tmp_path / "d", ("b_x", "a"), 10)
+    data = common.load_folder(root)
     assert data.classes == ["a", "b x"]
-    for label, folder in enumerate(("a", "b_x")):
-        parts = [{i.image for i in part if i.label == label} for part in data[2:]]
-        assert [len(p) for p in parts] == [5, 2, 3]
-        assert set.union(*parts) == set((tmp_path / "d" / folder).iterdir())
-    assert common.load_folder(tmp_path / "d") == data, "the split must not change between runs"
+    for label, name in enumerate(("a", "b_x")):
+        parts = []
+        for part in (data.train, data.val, data.test):
+            parts.append({item.image for item in part if item.label == label})
+        assert [len(part) for part in parts] == [5, 2, 3]
+        assert set.union(*parts) == set((root / name).iterdir())
+    assert common.load_folder(root) == data, "the split must not change between runs"
 
 
 def test_folder_takes_names_from_classnames_txt(tmp_path, picture_folder):
-    picture_folder(tmp_path / "d", ("n02", "n01"))
-    (tmp_path / "d" / "classnames.txt").write_text("tabby cat\n\nsled dog\n")
-    data = common.load_folder(tmp_path / "d")
+    root = picture_folder(tmp_path / "d", ("n02", "n01"))
+    (root / "classnames.txt").write_text("tabby cat\n\nsled dog\n")
+    data = common.load_folder(root)
     assert data.classes == ["tabby cat", "sled dog"]
-    assert {i.name for i in data.test if "n01" in str(i.image)} == {"tabby cat"}
+    names = {item.name for item in data.test if "n01" in str(item.image)}
+    assert names == {"tabby cat"}
 
 
-def test_test_view_is_open_clips(tmp_path):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 131, 3), dtype=np.uint8))
+@pytest.mark.parametrize(
+    "content, words",
+    [(b"caf\xe9\ncat\n", "is not text in UTF-8"), (b"cat\n", "names 1 classes")],
+)
+def test_a_classnames_txt_that_does_not_fit_is_a_fault(tmp_path, picture_folder, content, words):
+    root = picture_folder(tmp_path / "d")
+    (root / "classnames.txt").write_bytes(content)
+    with pytest.raises(common.Fault, match=words) as fault:
+        common.load_folder(root)
+    assert str(root / "classnames.txt") in str(fault.value)
+
+
+@pytest.mark.parametrize(
+    "classes, n, words",
+    [((), 0, "0 sub-folders"), (("a",), 4, "1 sub-folders"), (("a", "b"), 2, "has 2 images")],
+)
+def test_a_folder_with_too_little_is_a_fault(tmp_path, picture_folder, classes, n, words):
+    (tmp_path / "d").mkdir()
+    picture_folder(tmp_path / "d", classes, n)
+    with pytest.raises(common.Fault, match=words):
+        common.load_folder(tmp_path / "d")
+
+
+# ------------------------------------------------------------------------------------------------
+# Images
+# ------------------------------------------------------------------------------------------------
+
+
+def noise_picture(height, width):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("height, width", [(90, 131), (131, 90), (40, 40)])
+def test_the_test_view_is_open_clips(tmp_path, height, width):
+    picture = noise_picture(height, width)
     picture.save(tmp_path / "p.png")
-    x, y = common.test_set([common.Item(tmp_path / "p.png", 3, "c")], 64)
-    theirs = open_clip.image_transform(64, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))(picture)
-    assert x.dtype == torch.uint8 and y.tolist() == [3]
-    torch.testing.assert_close(x[0] / 255, theirs, rtol=0, atol=1e-6)
+    images = common.TestImages([common.Item(tmp_path / "p.png", 3, "c")], 64)
+    ((x, y),) = list(images)
+    view = open_clip.image_transform(64, is_train=False, mean=(0, 0, 0), std=(1, 1, 1))
+    assert (x.dtype, y, len(images)) == (torch.uint8, 3, 1)
+    torch.testing.assert_close(x / 255, view(picture), rtol=0, atol=1e-6)
+
+
+def test_test_images_are_read_when_they_are_asked_for(tmp_path):
+    images = common.TestImages([common.Item(tmp_path / "later.png", 0, "c")], 8)
+    noise_picture(9, 9).save(tmp_path / "later.png")
+    assert images[0][0].shape == (3, 8, 8)
+
+
+def test_for_crops_decode_keeps_a_quarter_more_than_the_network_sees(tmp_path):
+    noise_picture(90, 180).save(tmp_path / "p.png")
+    ((x, y),) = common.decode([common.Item(tmp_path / "p.png", 2, "c")], 64)
+    assert (x.dtype, x.shape, y) == (torch.uint8, (3, 80, 160), 2)
+
+
+def test_grey_and_transparent_pictures_become_rgb(tmp_path):
+    noise_picture(9, 9).convert("L").save(tmp_path / "grey.png")
+    noise_picture(9, 9).convert("RGBA").save(tmp_path / "clear.png")
+    for name in ("grey.png", "clear.png"):
+        assert common.read_image(common.Item(tmp_path / name, 0, "c")).mode == "RGB"
+
+
+@pytest.mark.parametrize("content, words", [(None, "is missing"), (b"no image", "cannot be read")])
+def test_a_missing_or_broken_image_is_a_fault_that_names_it(tmp_path, content, words):
+    path = tmp_path / "p.png"
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(common.Fault, match=words) as fault:
+        common.read_image(common.Item(path, 0, "c"))
+    assert str(path) in str(fault.value)
+
+
+def test_an_image_cut_short_is_a_fault(tmp_path):
+    whole = io.BytesIO()
+    noise_picture(90, 90).save(whole, "JPEG")
+    (tmp_path / "p.jpg").write_bytes(whole.getvalue()[:1000])
+    with pytest.raises(common.Fault, match="cannot be read"):
+        common.read_image(common.Item(tmp_path / "p.jpg", 0, "c"))
+
+
+def test_a_broken_image_met_by_a_loading_process_is_one_sentence(tmp_path, picture_folder, capsys):
+    root = picture_folder(tmp_path / "d")
+    broken = root / "dog" / "2.png"
+    broken.write_bytes(b"no image")
+    items = [common.Item(path, 0, "c") for path in sorted(root.rglob("*.png"))]
+    net = nn.Sequential(nn.Flatten(), nn.Linear(192, 2)).eval()
+
+    def main():
+        common.evaluate(net, common.TestImages(items, 8), 0.01, 1, batch_size=2, workers=1)
+
+    with pytest.raises(SystemExit) as stop:
+        common.guard(main)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert err.startswith(f"error: image {broken} cannot be read")
+    assert err.count("\n") == 1
+    assert "Traceback" not in err
+
+
+# ------------------------------------------------------------------------------------------------
+# Training batches
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def numbered(embedded):
+    """12 training items, each with a label of its own."""
+    return [item._replace(label=i) for i, item in enumerate(embedded.train[:12])]
+
+
+@pytest.fixture
+def decoded(numbered):
+    """The same, decoded for random crops."""
+    return common.decode(numbered, 64)
 
 
 @pytest.mark.parametrize("augment", ["crop", "none"])
-def test_batches_cover_every_epoch(embedded, augment):
-    items = [item._replace(label=i) for i, item in enumerate(embedded.train[:12])]
-    args = SimpleNamespace(batch_size=4, device="cpu", augment=augment)
-    torch.manual_seed(0)
-    drawn = list(common.batches(items, 64, args, steps=6))
-    assert len(drawn) == 6 and all(x.shape == (4, 3, 64, 64) and x.min() >= 0 and 0.5 < x.max() <= 1 for x, _ in drawn)
-    epochs = [torch.cat([y for _, y in drawn[i:i + 3]]).tolist() for i in (0, 3)]
-    assert [sorted(e) for e in epochs] == [list(range(12))] * 2 and epochs[0] != epochs[1]
-    views, _ = common.test_set(items, 64)
+def test_batches_are_pixels_of_the_networks_size(numbered, augment):
+    drawn = list(common.batches(common.decode(numbered, 64, augment), 64, 4, 6, augment))
+    assert len(drawn) == 6
     for x, y in drawn:
-        assert torch.equal(x, views[y] / 255) == (augment == "none")
-    args.batch_size = 32
-    assert [len(y) for _, y in common.batches(items, 64, args, steps=2)] == [12, 12]
+        assert x.shape == (4, 3, 64, 64)
+        assert x.dtype == torch.float32
+        assert x.min() >= 0
+        assert 0.5 < x.max() <= 1
+        assert y.shape == (4,)
 
 
-def test_limit_is_a_fixed_subset(embedded):
-    args = SimpleNamespace(split="val", test_limit=7)
-    x, y = common.test_split(embedded, args, 64)
-    again, _ = common.test_split(embedded, args, 64)
-    full, _ = common.test_set(embedded.val, 64)
-    assert len(y) == 7 and torch.equal(x, again)
-    assert all((full == picture).flatten(1).all(1).any() for picture in x)
+def test_batches_cover_every_epoch_in_a_new_order(decoded):
+    labels = torch.cat([y for _, y in common.batches(decoded, 64, 4, 6)]).tolist()
+    assert sorted(labels[:12]) == list(range(12))
+    assert sorted(labels[12:]) == list(range(12))
+    assert labels[:12] != labels[12:]
 
 
-# ----------------------------------------------------------------------------------------------------------------------- the classifier
-def test_classifier_is_scaled_cosine_of_normalised_pixels(tiny, embedded, images):
-    clip, config = tiny
+def test_batches_that_do_not_divide_the_images_still_cover_every_epoch(decoded):
+    labels = torch.cat([y for _, y in common.batches(decoded, 64, 5, 12)]).tolist()
+    assert len(labels) == 60
+    for start in range(0, 60, 12):
+        assert sorted(labels[start : start + 12]) == list(range(12))
+
+
+def test_a_batch_is_never_larger_than_the_training_set(decoded):
+    assert [len(y) for _, y in common.batches(decoded, 64, 32, 2)] == [12, 12]
+
+
+def test_without_augmentation_a_batch_is_the_test_view(numbered):
+    views = torch.stack([x for x, _ in common.TestImages(numbered, 64)]) / 255
+    for x, y in common.batches(common.decode(numbered, 64, "none"), 64, 4, 3, "none"):
+        assert torch.equal(x, views[y])
+
+
+def test_crops_differ_from_step_to_step_and_repeat_with_the_seed(decoded):
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(torch.cat([x for x, _ in common.batches(decoded[:1], 64, 1, 2)]))
+    assert not torch.equal(drawn[0][0], drawn[0][1])
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+# ------------------------------------------------------------------------------------------------
+# Loading CLIP
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "model, pretrained, words",
+    [
+        ("ViT-Z-99", "openai", "unknown model"),
+        ("ViT-B-32", "openai", "ViT-B-32-quickgelu"),
+        ("ViT-B-32-quickgelu", "/nowhere/at-all.pt", "could not load"),
+        ("local-dir:/nowhere/at-all", "openai", "could not load"),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_is_a_fault(model, pretrained, words):
+    with pytest.raises(common.Fault, match=words):
+        common.load_clip(model, pretrained)
+
+
+def test_a_model_without_a_vision_transformer_is_a_fault(tiny, tmp_path):
+    _, config = tiny
+    vision = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64, "patch_size": None}
+    config["model_cfg"]["vision_cfg"] = vision
+    clip = open_clip.CLIP(**config["model_cfg"])
+    common.export(clip, config, tmp_path / "resnet")
+    with pytest.raises(common.Fault, match="no vision transformer"):
+        common.load_clip(f"local-dir:{tmp_path / 'resnet'}")
+
+
+def test_a_loaded_model_is_frozen_and_in_eval_mode(tiny):
+    clip, _ = tiny
+    assert not any(module.training for module in clip.modules())
+    assert not any(parameter.requires_grad for parameter in clip.parameters())
+
+
+# ------------------------------------------------------------------------------------------------
+# The patch embedding
+# ------------------------------------------------------------------------------------------------
+
+
+def outputs_and_gradients(net, x):
+    """net(x), and the gradients of a weighted sum of it towards x and the weight."""
+    x = x.clone().requires_grad_()
+    z = net(x)
+    weights = torch.linspace(-1, 1, z.numel()).reshape(z.shape)
+    return z, *torch.autograd.grad((weights * z).sum(), [x, net.weight])
+
+
+@pytest.mark.parametrize("patch, height, width", [(4, 8, 8), (8, 16, 24)])
+def test_the_patch_embedding_is_the_convolution(patch, height, width):
+    convolution = nn.Conv2d(3, 5, patch, patch, bias=False)
+    x = torch.rand(2, 3, height, width)
+    expected = outputs_and_gradients(convolution, x)
+    found = outputs_and_gradients(common.PatchEmbedding(convolution), x)
+    for mine, theirs in zip(found, expected):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_under_autocast_the_patch_embedding_stays_in_float32():
+    convolution = nn.Conv2d(3, 5, 4, 4, bias=False)
+    embedding = common.PatchEmbedding(convolution)
+    x = torch.rand(2, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = embedding(x)
+        rounded = convolution(x)
+    assert z.dtype == torch.float32
+    assert torch.equal(z, embedding(x))
+    assert rounded.dtype == torch.bfloat16, "a convolution would have rounded"
+
+
+def test_the_classifier_replaces_the_patch_embedding_and_keeps_every_name(classifier):
+    untouched, _ = common.load_clip("tiny")
+    assert isinstance(classifier.clip.visual.conv1, common.PatchEmbedding)
+    state, original = classifier.clip.state_dict(), untouched.state_dict()
+    assert list(state) == list(original)
+    assert all(torch.equal(state[name], original[name]) for name in state)
+
+
+@pytest.mark.parametrize(
+    "options", [{"stride": 4, "bias": True}, {"stride": 2, "bias": False}], ids=["bias", "overlap"]
+)
+def test_a_convolution_that_is_no_patch_embedding_is_refused(options):
+    with pytest.raises(ValueError, match="kernel is its stride"):
+        common.PatchEmbedding(nn.Conv2d(3, 5, 4, **options))
+
+
+# ------------------------------------------------------------------------------------------------
+# The classifier
+# ------------------------------------------------------------------------------------------------
+
+
+def test_the_classifier_is_the_scaled_cosine_of_normalised_pixels(classifier, embedded, images):
     x, _ = images
-    net = common.Classifier(clip, config, embedded.classes, "a photo of a {}.")
-    cfg = config["preprocess_cfg"]
-    mean, std = (torch.tensor(cfg[k]).reshape(1, 3, 1, 1) for k in ("mean", "std"))
-    tokenizer = open_clip.SimpleTokenizer(context_length=config["model_cfg"]["text_cfg"]["context_length"])
-    tokens = tokenizer([f"a photo of a {c}." for c in embedded.classes])
-    untouched, _ = common.load_clip("tiny")    # batch first, as open_clip made it
-    z, t = untouched.encode_image((x - mean) / std), untouched.encode_text(tokens)
+    clip, config = common.load_clip("tiny")  # untouched: batch first, with its convolution
+    mean = torch.tensor(config["preprocess_cfg"]["mean"]).reshape(1, 3, 1, 1)
+    std = torch.tensor(config["preprocess_cfg"]["std"]).reshape(1, 3, 1, 1)
+    length = config["model_cfg"]["text_cfg"]["context_length"]
+    tokenizer = open_clip.SimpleTokenizer(context_length=length)
+    tokens = tokenizer([embedded.template.format(name) for name in embedded.classes])
+    z, t = clip.encode_image((x - mean) / std), clip.encode_text(tokens)
     expected = clip.logit_scale.exp() * torch.cosine_similarity(z[:, None], t[None], dim=-1)
-    torch.testing.assert_close(net(x), expected, rtol=1e-4, atol=1e-4)
-    assert untouched.visual.transformer.batch_first and not any(getattr(part, "batch_first", False) for part in clip.visual.modules())
-    scaled = common.Classifier(clip, config, embedded.classes, "a photo of a {}.", scale=100.0)(x)
-    torch.testing.assert_close(scaled, 100 * expected / clip.logit_scale.exp(), rtol=1e-4, atol=1e-3)
-    assert not net.training and not any(p.requires_grad for p in net.parameters())
+    torch.testing.assert_close(classifier(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_classifier_runs_its_blocks_tokens_first(classifier):
+    untouched, _ = common.load_clip("tiny")
+    assert untouched.visual.transformer.batch_first
+    for part in classifier.clip.visual.modules():
+        assert not getattr(part, "batch_first", False)
+
+
+def test_set_classes_changes_what_is_told_apart(classifier, images):
+    x, _ = images
+    before = classifier(x)
+    classifier.set_classes(classifier.classes[::-1], classifier.template)
+    torch.testing.assert_close(classifier(x), before.flip(1), rtol=1e-4, atol=1e-4)
+    classifier.set_classes(["cat", "dog"], "a drawing of a {}.")
+    assert classifier(x).shape == (6, 2)
+    assert classifier.template == "a drawing of a {}."
 
 
 def test_bfloat16_gives_float32_logits_close_to_float32(tiny, embedded, images):
-    low, full = (common.Classifier(*tiny, embedded.classes, embedded.template, dtype)(images[0]) for dtype in ("bfloat16", "float32"))
-    assert low.dtype == torch.float32 and 0 < (low - full).abs().max() < 0.05 * tiny[0].logit_scale.exp()
+    x, _ = images
+    full = common.Classifier(*tiny, embedded.classes, embedded.template)(x)
+    low = common.Classifier(*tiny, embedded.classes, embedded.template, "bfloat16")(x)
+    assert low.dtype == torch.float32
+    assert 0 < (low - full).abs().max() < 0.05 * tiny[0].logit_scale.exp()
 
 
-@pytest.mark.parametrize("attention, flash", [("auto", False), ("torch", True)])
-def test_the_fast_attention_on_cpu_is_chosen_and_can_be_switched_off(attention, flash):
-    parser = common.Parser()
-    common.add_arguments(parser)
-    try:
-        common.parse(parser, ["--device", "cpu", "--attention", attention])
-        assert torch.backends.cuda.flash_sdp_enabled() == flash
-    finally:
-        torch.backends.cuda.enable_flash_sdp(False)
+class Counted(nn.Module):
+    """A parametrisation that counts how often its weight is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, weight):
+        self.calls += 1
+        return 1.0 * weight
 
 
-# -------------------------------------------------------------------------------------------------------------------------------- files
+@pytest.mark.parametrize("weight", ["in_proj_weight", "out_proj.weight"])
+def test_a_parametrised_weight_is_computed_once_a_forward(classifier, images, weight):
+    attention = classifier.clip.visual.transformer.resblocks[0].attn
+    path, _, name = weight.rpartition(".")
+    counted_weight = Counted()
+    parametrize.register_parametrization(attention.get_submodule(path), name, counted_weight)
+    for forwards in (1, 2):
+        counted_weight.calls = 0
+        for _ in range(forwards):
+            classifier(images[0][:1])
+        assert counted_weight.calls == forwards
+
+
+# ------------------------------------------------------------------------------------------------
+# Names, prepare
+# ------------------------------------------------------------------------------------------------
+
+
+def test_two_classes_of_one_name_and_a_prompt_cut_short_are_warned_of(tiny, capsys):
+    _, config = tiny
+    long = " ".join(["word"] * 80)
+    common.check_names(["cat", "dog", "cat", long], "a {}.", config)
+    lines = capsys.readouterr().out.strip().split("\n")
+    assert len(lines) == 2
+    assert lines[0] == "WARNING: two classes are called 'cat': they cannot be told apart"
+    # 80 words, "a", ".", start and end
+    length = config["model_cfg"]["text_cfg"]["context_length"]
+    assert lines[1].startswith("WARNING: of the 84 tokens of 'word word")
+    assert lines[1].endswith(f"only {length} are read")
+
+
+@pytest.mark.parametrize("spare, warned", [(0, False), (-1, True)])
+def test_a_prompt_that_just_fits_is_not_warned_of(tiny, capsys, spare, warned):
+    _, config = tiny
+    length = config["model_cfg"]["text_cfg"]["context_length"]
+    name = " ".join(["word"] * (length - 2 - spare))
+    common.check_names([name], "{}", config)
+    assert ("WARNING" in capsys.readouterr().out) == warned
+
+
+def test_prepare_warns_before_anything_is_evaluated(tmp_path, picture_folder, capsys):
+    root = picture_folder(tmp_path / "d")
+    (root / "classnames.txt").write_text("cat\ncat\n")
+    folder = ["--dataset", "folder", "--data-root", root, "--model", "tiny", "--device", "cpu"]
+    common.prepare(parsed(*folder))
+    out = capsys.readouterr().out
+    assert out.startswith("WARNING: two classes are called 'cat'")
+
+
+def test_prepare_loads_what_the_arguments_name(embedded, capsys):
+    args = parsed("--shots", 2, "--seed", 3, "--device", "cpu", "--dtype", "float32")
+    classifier, train, tests = common.prepare(args)
+    expected, _ = common.few_shot(embedded.train, embedded.val, 2, 3)
+    assert [label for _, label in train] == [item.label for item in expected]
+    for (found, _), (pixels, _) in zip(train, common.decode(expected, 64)):
+        assert torch.equal(found, pixels)
+    assert classifier.classes == embedded.classes
+    assert list(tests) == ["embedded"]
+    tested = [item.image.tobytes() for item in tests["embedded"][1].items]
+    assert tested == [item.image.tobytes() for item in embedded.test]
+    out = capsys.readouterr().out
+    assert "10 classes, 20 training images, 64 px, eps 3/255, float32 on cpu" in out
+    assert "test set embedded: 10 classes, 200 images" in out
+
+
+@pytest.mark.parametrize("augment, side", [("crop", 80), ("none", 64)])
+def test_prepare_decodes_as_the_augmentation_needs(augment, side):
+    _, train, _ = common.prepare(parsed("--shots", 1, "--augment", augment, "--device", "cpu"))
+    assert {pixels.shape for pixels, _ in train} == {(3, side, side)}
+
+
+def test_prepare_halves_the_classes_and_tests_both_halves(embedded):
+    args = parsed("--shots", 1, "--classes", "base", "--transfer", "new", "--device", "cpu")
+    classifier, train, tests = common.prepare(args)
+    shots, _ = common.few_shot(embedded.train, embedded.val, 1, args.seed)
+    assert [label for _, label in train] == [item.label for item in shots if item.label < 5]
+    assert classifier.classes == embedded.classes[:5]
+    assert list(tests) == ["embedded", "new"]
+    assert tests["embedded"][0].classes == embedded.classes[:5]
+    assert tests["new"][0].classes == embedded.classes[5:]
+    names = {item.name for item in tests["new"][1].items}
+    assert names == set(embedded.classes[5:])
+
+
+def test_shots_are_drawn_before_the_classes_are_halved(embedded):
+    _, train, _ = common.prepare(parsed("--shots", 2, "--classes", "new", "--device", "cpu"))
+    shots, _ = common.few_shot(embedded.train, embedded.val, 2, 1)
+    expected = common.decode([item for item in shots if item.label >= 5], 64)
+    assert len(train) == len(expected) == 10
+    for (found, label), (pixels, old) in zip(train, expected):
+        assert torch.equal(found, pixels)
+        assert label == old - 5
+
+
+def test_halves_of_too_few_classes_are_a_fault(tmp_path, picture_folder):
+    root = picture_folder(tmp_path / "d", ("a", "b", "c"))
+    folder = ["--dataset", "folder", "--data-root", root, "--model", "tiny", "--device", "cpu"]
+    with pytest.raises(common.Fault, match="3 classes, too few"):
+        common.prepare(parsed(*folder, "--classes", "new"))
+
+
+def test_test_limit_is_a_fixed_choice_of_the_split(embedded):
+    args = SimpleNamespace(split="val", test_limit=7)
+    chosen = common.test_images(embedded, args, 64).items
+    pictures = [item.image.tobytes() for item in chosen]
+    assert len(set(pictures)) == 7
+    assert set(pictures) <= {item.image.tobytes() for item in embedded.val}
+    assert common.test_images(embedded, args, 64).items == chosen
+    args.test_limit = 1000
+    assert len(common.test_images(embedded, args, 64)) == len(embedded.val)
+
+
+# ------------------------------------------------------------------------------------------------
+# Memory
+# ------------------------------------------------------------------------------------------------
+
+MEASURE = """
+import pathlib
+import resource
+import sys
+from torch import nn
+import common
+
+data = common.load_dataset("tiny_imagenet", pathlib.Path(sys.argv[1]))
+net = nn.Sequential(nn.Conv2d(3, 4, 16, 16), nn.Flatten(), nn.Linear(144, 200)).eval()
+for n in (1000, 10000):
+    images = common.TestImages(data.test[:n], 96)
+    common.evaluate(net, images, 1 / 255, steps=1, workers=1)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+def test_the_memory_of_an_evaluation_does_not_grow_with_the_test_set(data_root):
+    pytest.importorskip("resource")
+    command = [sys.executable, "-c", MEASURE, str(data_root.resolve())]
+    answer = subprocess.run(command, cwd=common.HERE, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    # MiB at 1,000 and at 10,000 images, which as bytes would be 237 MiB more
+    few, many = map(int, answer.stdout.split())
+    assert many - few <= 200
+
+
+# ------------------------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------------------------
+
+
 def full_disk(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -267,19 +906,26 @@ def test_write_makes_folders_and_replaces(tmp_path, files_in):
 
 @pytest.mark.parametrize("old", [None, b"old"])
 @pytest.mark.parametrize("where", ["rename", "write"])
-def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch, files_in, where, old):
+def test_a_failed_write_leaves_what_there_was(tmp_path, monkeypatch, files_in, where, old):
     path = tmp_path / "b.json"
     if old:
         path.write_bytes(old)
+    write_bytes = pathlib.Path.write_bytes
+
+    def half_of_it(self, content):
+        write_bytes(self, content[:2])
+        full_disk()
+
     if where == "rename":
         monkeypatch.setattr(os, "replace", full_disk)
     else:
-        whole = pathlib.Path.write_bytes
-        monkeypatch.setattr(pathlib.Path, "write_bytes", lambda self, content: whole(self, content[:2]) and full_disk())
+        monkeypatch.setattr(pathlib.Path, "write_bytes", half_of_it)
     with pytest.raises(OSError):
         common.write(path, b"new")
     monkeypatch.undo()
-    assert files_in(tmp_path) == (["b.json"] if old else []) and (not old or path.read_bytes() == old)
+    if old:
+        assert path.read_bytes() == old
+    assert files_in(tmp_path) == (["b.json"] if old else [])
 
 
 def test_a_write_killed_before_the_rename_keeps_the_old_file(tmp_path):
@@ -292,58 +938,168 @@ def test_a_write_killed_before_the_rename_keeps_the_old_file(tmp_path):
             common.write(path, b"new")
         finally:
             os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL and path.read_bytes() == b"old"
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert path.read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("fault, words", [
-    (common.Fault("two\nlines"), "two lines"), (OSError(errno.ENOSPC, "No space left on device"), "disk is full"),
-    (PermissionError(errno.EACCES, "Permission denied", "/x/y"), "/x/y"), (KeyboardInterrupt(), "interrupted")])
-def test_guard_says_one_sentence_and_exits_2(capsys, fault, words):
-    def main():
-        raise fault
-    with pytest.raises(SystemExit) as stop:
-        common.guard(main)
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and words in err
+def run_args(tmp_path, **more):
+    """The arguments of a small run, as a program would have them."""
+    args = parsed("--device", "cpu", "--out", tmp_path / "runs", "--shots", 4)
+    for name, value in more.items():
+        setattr(args, name, value)
+    return args
 
 
-def test_guard_lets_bugs_through():
-    with pytest.raises(ZeroDivisionError):
-        common.guard(lambda: 1 / 0)
+def test_run_folders_are_numbered_and_an_empty_one_is_used_again(tmp_path):
+    args = run_args(tmp_path)
+    name = "m-embedded-tiny-4shot-seed1"
+    for expected in (name, f"{name}-2", f"{name}-3"):
+        assert common.run_folder(args, "m") == tmp_path / "runs" / expected
+        assert common.run_folder(args, "m") == tmp_path / "runs" / expected
+        (tmp_path / "runs" / expected / "result.json").write_text("")
+
+
+def test_run_folders_tell_a_loaded_run_and_an_exported_model(tmp_path):
+    args = run_args(tmp_path, load=tmp_path / "some", model="local-dir:/a/b/")
+    folder = common.run_folder(args, "m")
+    assert folder == tmp_path / "runs" / "m-embedded-a-b-4shot-seed1-loaded"
+
+
+def test_where_nothing_can_be_written_the_run_ends_before_it_starts(tmp_path):
+    (tmp_path / "runs").write_text("a file, not a folder")
+    with pytest.raises(common.Fault, match="choose another folder with --out"):
+        common.run_folder(run_args(tmp_path), "m")
+
+
+def test_an_export_over_files_ends_before_the_run_starts(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "mine").write_text("")
+    with pytest.raises(common.Fault, match="not empty"):
+        common.run_folder(run_args(tmp_path, export=tmp_path / "x"), "m")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_describe_names_arguments_and_versions_but_no_folder(tmp_path):
+    args = run_args(tmp_path, load=tmp_path, export=tmp_path, data_root=tmp_path)
+    facts = common.describe(args, "m")
+    assert (facts["method"], facts["eps"], facts["shots"]) == ("m", common.TINY_EPS, 4)
+    assert facts["versions"]["torch"] == torch.__version__
+    assert set(facts["versions"]) == {"torch", "torchvision", "open_clip"}
+    assert str(tmp_path) not in str(facts), "a result names no folder of the machine that made it"
 
 
 def test_describe_needs_no_git(monkeypatch, tmp_path):
+    args = run_args(tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
-    facts = common.describe(SimpleNamespace(out=tmp_path, eps=0.5), "m")
-    assert (facts["method"], facts["eps"]) == ("m", 0.5) and facts["versions"]["torch"] == torch.__version__
-    assert str(tmp_path) not in str(facts), "a result file names no folder of the machine that made it"
+    assert common.describe(args, "m")["commit"] == ""
 
 
-def test_an_adapter_carries_its_metadata(tmp_path):
-    tensors = {"a": torch.arange(5, dtype=torch.uint8)}
-    common.save_adapter(tmp_path / "adapter.safetensors", tensors, {"method": "m", "model": "tiny", "pretrained": "openai", "shots": 4})
-    for path in (tmp_path, tmp_path / "adapter.safetensors"):
-        back, metadata = common.load_adapter(path, "m", SimpleNamespace(model="tiny", pretrained="openai"))
-        assert torch.equal(back["a"], tensors["a"]) and metadata["shots"] == "4"
-    for method, model, pretrained in (("other", "tiny", "openai"), ("m", "ViT-B-32", "openai"), ("m", "tiny", "none")):
-        with pytest.raises(common.Fault, match="was made with"):
-            common.load_adapter(tmp_path, method, SimpleNamespace(model=model, pretrained=pretrained))
+def test_save_run_writes_how_it_was_made_and_what_it_gave(tmp_path):
+    args = run_args(tmp_path)
+    common.save_run(tmp_path, args, "m", before=None, after={"pgd": 1.5})
+    facts = json.loads((tmp_path / "result.json").read_text())
+    assert facts["before"] is None
+    assert facts["after"] == {"pgd": 1.5}
+    assert facts["processes"] == 1
+    assert facts["device_name"] == f"{torch.get_num_threads()} CPU threads"
+    assert facts["peak_memory_mib"] > 100
+    described = common.describe(args, "m")
+    assert {key: facts[key] for key in described} == described
 
 
-# ------------------------------------------------------------------------------------------------------------------------------- export
-def test_an_exported_folder_gives_the_same_logits(tiny, classifier, images, embedded, tmp_path):
-    clip, config = tiny
-    common.export(clip, config, tmp_path / "x")
-    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o755 and [p.name for p in tmp_path.iterdir()] == ["x"]
-    written, stored = (json.loads((folder / "open_clip_config.json").read_text()) for folder in (tmp_path / "x", common.HERE / "tiny"))
-    assert written == stored
-    theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'x'}")
-    assert set(theirs.state_dict()) == set(clip.state_dict())
-    logits = common.Classifier(theirs.eval(), config, embedded.classes, embedded.template)(images[0])
-    torch.testing.assert_close(logits, classifier(images[0]), rtol=1e-5, atol=1e-5)
-    # and through this house's own loader, to be exported again
-    clip, config = common.load_clip(f"local-dir:{tmp_path / 'x'}")
-    common.export(clip, config, tmp_path / "y")
+# ------------------------------------------------------------------------------------------------
+# Adapters
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path, classifier):
+    """A run's folder with an adapter of the method m, and its tensors."""
+    tensors = {"a": torch.arange(5, dtype=torch.uint8), "b": torch.rand(3, 4).T}
+    args = run_args(tmp_path, weights="attn")
+    common.save_adapter(tmp_path / "run", tensors, classifier, args, "m")
+    return tmp_path / "run", tensors
+
+
+def test_an_adapter_carries_tensors_and_how_it_was_made(saved, embedded):
+    folder, tensors = saved
+    for path in (folder, folder / "adapter.safetensors", str(folder)):
+        back, facts = common.load_adapter(path, "m", ["weights"])
+        assert set(back) == set(tensors)
+        assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+        assert facts["shots"] == "4"
+        assert facts["weights"] == "attn"
+        assert json.loads(facts["names"]) == embedded.classes
+        assert facts["template"] == embedded.template
+
+
+def test_an_adapters_metadata_are_enough_for_its_classifier(saved, images):
+    _, facts = common.load_adapter(saved[0], "m", [])
+    again = common.adapted_classifier(facts, "cpu", "float32")
+    assert again.classes == json.loads(facts["names"])
+    assert again(images[0][:1]).shape == (1, 10)
+
+
+def test_an_adapter_of_another_method_is_a_fault(saved):
+    with pytest.raises(common.Fault, match="was made by m, but this is other"):
+        common.load_adapter(saved[0], "other", [])
+
+
+@pytest.mark.parametrize("gone", ["method", "model", "pretrained", "names", "template", "weights"])
+def test_an_adapter_that_lacks_a_key_is_a_fault_that_names_it(saved, gone):
+    tensors, facts = common.load_adapter(saved[0], "m", [])
+    del facts[gone]
+    path = saved[0] / "adapter.safetensors"
+    path.write_bytes(safetensors.torch.save(tensors, facts))
+    with pytest.raises(common.Fault, match=f"does not say its {gone};"):
+        common.load_adapter(path, "m", ["weights"])
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors at all", None])
+def test_a_missing_or_broken_adapter_is_a_fault(tmp_path, content):
+    path = tmp_path / "adapter.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    words = "does not exist" if content is None else "cannot be read"
+    with pytest.raises(common.Fault, match=words):
+        common.load_adapter(tmp_path, "m", [])
+
+
+@pytest.mark.parametrize("key, value", [("model", "ViT-B-16"), ("pretrained", "none")])
+def test_an_adapter_made_for_another_model_is_a_fault(saved, tmp_path, key, value):
+    _, facts = common.load_adapter(saved[0], "m", [])
+    common.check_model(facts, run_args(tmp_path))
+    with pytest.raises(common.Fault, match=f"was made with {key}"):
+        common.check_model(facts, run_args(tmp_path, **{key: value}))
+
+
+# ------------------------------------------------------------------------------------------------
+# Export
+# ------------------------------------------------------------------------------------------------
+
+
+def test_an_exported_folder_gives_open_clip_the_same_logits(
+    classifier, embedded, images, tmp_path, files_in
+):
+    folder = tmp_path / "x"
+    common.export(classifier.clip, classifier.config, folder)
+    assert files_in(tmp_path) == ["x/open_clip_config.json", "x/open_clip_model.safetensors"]
+    assert folder.stat().st_mode & 0o777 == 0o755
+    theirs, _, _ = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    assert set(theirs.state_dict()) == set(classifier.clip.state_dict())
+    again = common.Classifier(theirs.eval(), classifier.config, embedded.classes, embedded.template)
+    torch.testing.assert_close(again(images[0]), classifier(images[0]), rtol=1e-5, atol=1e-5)
+
+
+def test_an_exported_folder_has_the_models_own_configuration(tiny, tmp_path):
+    common.export(*tiny, tmp_path / "x")
+    written = json.loads((tmp_path / "x" / "open_clip_config.json").read_text())
+    assert written == json.loads((common.HERE / "tiny" / "open_clip_config.json").read_text())
+
+
+def test_an_exported_folder_loads_here_and_exports_to_the_same_bytes(tiny, tmp_path):
+    common.export(*tiny, tmp_path / "x")
+    common.export(*common.load_clip(f"local-dir:{tmp_path / 'x'}"), tmp_path / "y")
     for name in ("open_clip_config.json", "open_clip_model.safetensors"):
         assert (tmp_path / "x" / name).read_bytes() == (tmp_path / "y" / name).read_bytes()
 
@@ -354,3 +1110,16 @@ def test_export_refuses_a_folder_with_files(tiny, tmp_path, files_in):
     with pytest.raises(common.Fault, match="not empty"):
         common.export(*tiny, tmp_path / "x")
     assert files_in(tmp_path) == ["x/mine"]
+
+
+def test_export_fills_an_empty_folder(tiny, tmp_path, files_in):
+    (tmp_path / "x").mkdir()
+    common.export(*tiny, tmp_path / "x")
+    assert files_in(tmp_path) == ["x/open_clip_config.json", "x/open_clip_model.safetensors"]
+
+
+def test_a_failed_export_leaves_nothing(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(pathlib.Path, "write_bytes", full_disk)
+    with pytest.raises(OSError):
+        common.export(*tiny, tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []

@@ -1,211 +1,461 @@
-"""The programs end to end: what they write and print, that a seed fixes every bit, and what broken input, a full disk and a kill leave behind."""
-import itertools
+"""The programs end to end: what they write and print, that a seed fixes every bit, and what broken
+input, a full disk and a kill leave behind."""
+
+import importlib
 import json
+import math
 import os
 import pathlib
+import random
 import resource
 import signal
 import subprocess
 import sys
 import urllib.error
 import urllib.request
-from types import SimpleNamespace
 
 import open_clip
 import pytest
+import safetensors
 import safetensors.torch
 import torch
+from torch import nn
 
+import advmask
 import common
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
-SHORT = ("--steps", 4, "--batch-size", 8, "--test-steps", 3, "--test-limit", 30)
+PROGRAMS = {"advmask": "AdvMask", "advlora": "AdvLoRA", "baselines.tecoa": "TeCoA"}
+METHODS = {name: name.rpartition(".")[2] for name in PROGRAMS}  # as files and adapters name them
+SIZES = {"advmask": "masked", "advlora": "trained", "baselines.tecoa": "trained"}
+LIMIT = 16
+SHORT = ("--steps", 4, "--batch-size", 6, "--test-steps", 3, "--test-limit", LIMIT)
 TINIEST = ("--steps", 1, "--batch-size", 2, "--test-steps", 1, "--test-limit", 2)
 
-# A short training of the small CLIP on the embedded data, measured with PGD on the first test images: points of robust accuracy won
-TRAINING = ("--steps", 40, "--test-steps", 10, "--test-limit", 60)
-ROBUST_GAIN = 5
-PROGRAMS = {"advmask": "AdvMask", "advlora": "AdvLoRA"}    # module -> its name in the table
-SIZE = {"advmask": "masked", "advlora": "trained"}          # module -> what it counts
 
-
-def shell(name, *arguments, **options):
-    """`python NAME.py arguments` -> a started process."""
-    command, pipe = [sys.executable, HERE / f"{name}.py", *map(str, arguments)], subprocess.PIPE
-    return subprocess.Popen(command, text=True, stdout=pipe, stderr=pipe, env={**os.environ, "PYTHONUNBUFFERED": "1"}, **options)
+# ------------------------------------------------------------------------------------------------
+# What the tests of the protocols use, too
+# ------------------------------------------------------------------------------------------------
 
 
 def result_in(folder):
-    path, = folder.rglob("result.json")
+    """What the one run under this folder wrote as its result."""
+    (path,) = folder.rglob("result.json")
     return json.loads(path.read_text())
 
 
-def measured_again(export, result, embedded):
-    """The accuracies of an export, built by open_clip."""
-    clip, _, _ = open_clip.create_model_and_transforms(f"local-dir:{export}")
-    _, config = common.load_clip("tiny")
-    net = common.Classifier(clip.eval().requires_grad_(False), config, embedded.classes, embedded.template, result["dtype"])
-    x, y = common.test_split(embedded, SimpleNamespace(split="test", test_limit=30), net.size)
-    return common.evaluate(net, x, y, result["eps"], result["step"], 3)
-
-
 def adapter_in(folder):
-    path, = folder.rglob("adapter.safetensors")
+    """The one adapter file under this folder."""
+    (path,) = folder.rglob("adapter.safetensors")
     return path
 
 
-def faulty(answer, *words):
-    """One sentence on stderr that holds the words, exit code 2."""
-    assert answer.code == 2 and answer.err.startswith("error: ") and answer.err.count("\n") == 1 and answer.err.endswith("\n"), answer.err
-    assert all(word in answer.err for word in words), answer.err
-    return True
+def same_tensors(first, second):
+    """Do two adapter files hold the same bits under the same names?"""
+    one, other = safetensors.torch.load_file(first), safetensors.torch.load_file(second)
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-# --------------------------------------------------------------------------------------------------------------------------- end to end
-@pytest.fixture(scope="module", params=PROGRAMS)
-def run(request, tmp_path_factory):
-    """One short run of the program in a process of its own, from an empty folder -> name, folder, what it printed."""
-    folder = tmp_path_factory.mktemp(request.param)
-    process = shell(request.param, *SHORT, "--out", "runs", "--export", "exported/x", cwd=folder)
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    return request.param, folder, out
+def unflagged(evaluation):
+    """An evaluation without the flags of the sanity checks, which some runs here leave out."""
+    return {key: value for key, value in evaluation.items() if key != "flags"}
 
 
-def test_a_run_leaves_its_files_and_prints_its_table(run, files_in):
-    name, folder, out = run
-    method = f"runs/{name}-embedded-tiny-16shot-seed1"
-    assert files_in(folder) == sorted([f"{method}/adapter.safetensors", f"{method}/result.json",
-                                       "exported/x/open_clip_config.json", "exported/x/open_clip_model.safetensors"])
-    result = result_in(folder)
-    for key, label in (("before", "zero-shot"), ("after", PROGRAMS[name])):
-        r = result[key]
-        assert 0 <= r["pgd_best"] <= min(r["pgd"], r["clean"]) <= 100 and len(r["outcomes"]) == 30
-        row = [line for line in out.splitlines() if line.startswith(label) and "|" in line]
-        assert len(row) == 1 and [float(v) for v in row[0].split("|")[1:]] == [round(r[k], 2) for k in ("clean", "pgd", "pgd_best")]
-    assert (result["method"], result["shots"], result["eps"], result["test_steps"], result["seed"]) == (name, 16, common.TINY_EPS, 3, 1)
-    assert result["versions"]["torch"] == torch.__version__ and result["peak_memory_mib"] > 100
-    assert all(f"{result[key]:,}" in out for key in (SIZE[name], "vision", "total")) and "step 4/4" in out and "PGD-3" in out
-    if name == "advmask":
-        assert 0 < result["flipped"] < 1
-    else:
-        assert result["trained"] == 6 * (18 * 8 * 192 + 6) and 0 < result["setup_seconds"] < result["seconds"]
-        residual = result["residual"]
-        assert len(residual) == 24 and {len(v) for v in residual.values()} == {1, 3} and all(0 < r < 1 for v in residual.values() for r in v)
-    with safetensors.safe_open(adapter_in(folder), "pt") as file:
-        assert {"method": name, "model": "tiny", "seed": "1", "shots": "16"}.items() <= file.metadata().items()
+def measured_again(exported, data, result):
+    """The evaluation of an exported small CLIP, built by open_clip, on a run's test images."""
+    clip, _, _ = open_clip.create_model_and_transforms(f"local-dir:{exported}")
+    _, config = common.load_clip("tiny")
+    clip = clip.eval().requires_grad_(False)
+    net = common.Classifier(clip, config, data.classes, data.template, result["dtype"])
+    items = random.Random(0).sample(data.test, result["test_limit"])
+    images = common.TestImages(items, net.size)
+    return unflagged(common.evaluate(net, images, result["eps"], result["test_steps"]))
 
 
-def test_load_gives_the_same_accuracies(run, program, tmp_path):
-    name, folder, _ = run
-    for i, path in enumerate((adapter_in(folder), adapter_in(folder).parent)):
-        answer = program(name, *SHORT, "--load", path, "--out", tmp_path / str(i))
-        assert answer.code == 0 and result_in(tmp_path / str(i))["after"] == result_in(folder)["after"]
-        assert all(result_in(tmp_path / str(i)).get(key) == result_in(folder).get(key) for key in (SIZE[name], "flipped"))
+def assert_fault(answer, *words):
+    """The program ended with one sentence on stderr, with these words in it, and code 2."""
+    assert answer.code == 2, answer.err
+    assert answer.err.startswith("error: ") and answer.err.endswith("\n"), answer.err
+    assert answer.err.count("\n") == 1, answer.err
+    for word in words:
+        assert word in answer.err, answer.err
 
 
-def test_the_same_seed_gives_the_same_bits_and_another_does_not(run, program, tmp_path):
-    name, folder, _ = run
-    adapters = [safetensors.torch.load_file(adapter_in(folder))]
-    for seed in (1, 2):
-        assert program(name, *SHORT, "--seed", seed, "--out", tmp_path / str(seed)).code == 0
-        adapters.append(safetensors.torch.load_file(adapter_in(tmp_path / str(seed))))
-    first, same, other = adapters
-    assert first.keys() == same.keys() and all(torch.equal(first[k], same[k]) for k in first)
-    assert any(not torch.equal(first[k], other[k]) for k in first)
-    assert result_in(tmp_path / "1")["after"] == result_in(folder)["after"]
-
-
-def test_the_export_is_the_model_that_was_measured(run, embedded):
-    _, folder, _ = run
-    result = result_in(folder)
-    assert measured_again(folder / "exported" / "x", result, embedded) == result["after"] != result["before"]
-
-
-@pytest.mark.parametrize("arguments, trained", [
-    (("--full", "--lr", 1e-3), 2_768_640),
-    (("--towers", "both", "--rank", 4, "--lr", 1e-2), 6 * (18 * 4 * 192 + 6) + 4 * (18 * 4 * 128 + 6)),
-    (("--init", "gaussian", "--no-align", "--no-adaptive", "--lr", 1e-2), 6 * (18 * 8 * 192)),
-], ids=["full", "both towers", "plain LoRA"])
-def test_advloras_variants_load_and_export_what_they_measured(program, tmp_path, embedded, arguments, trained):
-    assert program("advlora", *SHORT, *arguments, "--out", tmp_path / "run", "--export", tmp_path / "x").code == 0
-    result = result_in(tmp_path / "run")
-    assert result["trained"] == trained and result["after"] != result["before"]
-    assert program("advlora", *SHORT, "--load", adapter_in(tmp_path / "run"), "--out", tmp_path / "loaded").code == 0
-    assert result_in(tmp_path / "loaded")["after"] == result["after"] == measured_again(tmp_path / "x", result, embedded)
-
-
-@pytest.mark.numbers
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_training_wins_robust_accuracy(program, tmp_path, name):
-    assert program(name, *TRAINING, "--out", tmp_path).code == 0
-    result = result_in(tmp_path)
-    assert result["after"]["pgd"] >= result["before"]["pgd"] + ROBUST_GAIN
-    assert result["after"]["clean"] > result["after"]["pgd"] and result["after"]["flags"] == []
-
-
-def test_vit_b_32_on_own_images(program, picture_folder, tmp_path):
-    picture_folder(tmp_path / "mine", n=3)
-    answer = program("advmask", "--dataset", "folder", "--data-root", tmp_path / "mine", "--pretrained", "none", "--shots", 1, "--steps", 2,
-                     "--batch-size", 2, "--test-steps", 1, "--train-attack-steps", 1, "--out", tmp_path / "out")
-    assert answer.code == 0 and "28,311,552" in answer.out and "224 px, eps 1/255" in answer.out
-    result = result_in(tmp_path)
-    assert result["masked"] == 28_311_552 and result["model"] == "ViT-B-32-quickgelu"
-    assert 28_311_552 / 8 <= adapter_in(tmp_path).stat().st_size <= 28_311_552 / 8 + 10_000
-
-
-@pytest.mark.parametrize("classes, count", [("base", 5), ("new", 5)])
-def test_halves_are_trained_alone(program, tmp_path, classes, count):
-    answer = program("advmask", *TINIEST, "--classes", classes, "--split", "val", "--out", tmp_path)
-    assert answer.code == 0 and f"{count} classes, {16 * count} training and 2 val images" in answer.out
-
-
-def test_a_run_in_which_nothing_flips_says_so(program, tmp_path):
-    answer = program("advmask", *TINIEST, "--lr", 0, "--out", tmp_path)
-    result = result_in(tmp_path)
-    assert answer.code == 0 and result["flipped"] == 0
-    assert [line for line in answer.out.splitlines() if line.startswith("WARNING") and "plain CLIP" in line]
-    assert result["after"]["outcomes"] == result["before"]["outcomes"]
-
-
-@pytest.mark.parametrize("arguments, steps, budget", [((), 100, 1.5), (("--batch-size", 5), 192, 1.92), (("--steps", 150), 150, 1.5),
-                                                     (("--steps", 600), 600, 3), (("--steps", 300, "--budget", 1), 300, 1)])
-def test_length_and_flip_budget_set_the_rate(program, monkeypatch, tmp_path, arguments, steps, budget):
-    monkeypatch.setattr(common, "batches", lambda *_: iter(()))     # the rate is fixed before the first of the batches
-    assert program("advmask", *TINIEST[4:], *arguments, "--after-only", "--out", tmp_path).code == 0
-    result = result_in(tmp_path)
-    way = result["lr"] * (steps + 1) / 2                            # of an entry that moves by the rate in each step of the cosine
-    assert (result["steps"], result["budget"], way) == (steps, pytest.approx(budget), pytest.approx(budget * 5e-3))
-
-
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_help_explains_every_argument(program, name):
-    answer = program(name, "--help")
-    options = [line.split(",")[0].split()[0] for line in answer.out.splitlines() if line.startswith("  --")]
-    assert answer.code == 0 and {"--dataset", "--eps", "--load", "--export", "--out"} <= set(options)
-    parser = sys.modules[name].parser
-    assert [a.dest for a in parser._actions if not a.help] == []
-    assert [a.dest for a in parser._actions if a.default and a.dest != "help" and "default" not in a.help] == []
-
-
-# ---------------------------------------------------------------------------------------------------------------------- faults of the input
-CALTECH = "--model", "tiny", "--dataset", "caltech101", "--data-root"
-FOLDER = "--model", "tiny", "--dataset", "folder", "--data-root"
+# ------------------------------------------------------------------------------------------------
+# Ways to run
+# ------------------------------------------------------------------------------------------------
 
 
 def no_network(*_, **__):
     raise urllib.error.URLError("no network")
 
 
+@pytest.fixture(autouse=True)
+def no_test_leaves_this_machine(monkeypatch):
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Evaluation without the sanity checks, which take longest."""
+    monkeypatch.setattr(common, "sanity", lambda *_: [])
+
+
+@pytest.fixture
+def unevaluated(monkeypatch):
+    """It is a failure if anything is evaluated or trained."""
+
+    def too_late(*_, **__):
+        pytest.fail("a fault of the input is known before anything is evaluated or trained")
+
+    monkeypatch.setattr(common, "evaluate", too_late)
+    monkeypatch.setattr(common, "batches", too_late)
+
+
+def shell(name, *arguments, cwd):
+    """`python NAME.py arguments`, or `python -m NAME arguments`, started in a process."""
+    program = ["-m", name] if "." in name else [HERE / f"{name}.py"]
+    return subprocess.Popen(
+        [sys.executable, *program, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+# ------------------------------------------------------------------------------------------------
+# A run, its files, its table
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """finished(name) -> folder of a short run in a process of its own, and what it printed."""
+    done = {}
+
+    def run_once(name):
+        if name not in done:
+            folder = tmp_path_factory.mktemp(name)
+            arguments = *SHORT, "--export", folder / "exported" / "x"
+            if "." in name:  # a baseline runs from the root of the repository
+                process = shell(name, *arguments, "--out", folder / "runs", cwd=HERE)
+            else:
+                process = shell(name, *arguments, cwd=folder)
+            out, err = process.communicate()
+            assert process.returncode == 0, err
+            done[name] = folder, out
+        return done[name]
+
+    return run_once
+
+
+@pytest.fixture(params=PROGRAMS)
+def run(request, finished):
+    """The same, for every program -> program, folder, what it printed."""
+    return request.param, *finished(request.param)
+
+
+def test_a_run_leaves_its_files(run, files_in):
+    name, folder, out = run
+    place = f"runs/{METHODS[name]}-embedded-tiny-16shot-seed1"
+    assert files_in(folder) == [
+        "exported/x/open_clip_config.json",
+        "exported/x/open_clip_model.safetensors",
+        f"{place}/adapter.safetensors",
+        f"{place}/result.json",
+    ]
+    assert out.splitlines()[-1].endswith(place)
+
+
+def test_the_table_that_is_printed_is_the_result(run):
+    name, folder, out = run
+    result = result_in(folder)
+    for key, label in (("before", "zero-shot"), ("after", PROGRAMS[name])):
+        evaluation = result[key]
+        (row,) = [line for line in out.splitlines() if line.startswith(label) and "|" in line]
+        printed = row.replace("(", "|").replace(")", "|").replace("to", "|").split("|")[1:]
+        printed = [float(text) for text in printed if text.strip()]
+        clean, pgd = evaluation["intervals"]["clean"], evaluation["intervals"]["pgd"]
+        expected = [evaluation["clean"], *clean, evaluation["pgd"], *pgd]
+        assert printed == pytest.approx(expected, abs=0.051)
+        # and both are what the images gave
+        outcomes = evaluation["outcomes"]
+        assert len(outcomes) == LIMIT
+        assert evaluation["clean"] == pytest.approx(100 - 100 * outcomes.count("0") / LIMIT)
+        assert evaluation["pgd"] == pytest.approx(100 * outcomes.count("2") / LIMIT)
+    assert result["before"]["outcomes"] != result["after"]["outcomes"]
+    before = result["before"]
+    assert f"zero-shot: clean {before['clean']:.2f}, PGD-3 {before['pgd']:.2f}" in out
+
+
+def test_the_result_tells_how_it_was_made(run):
+    name, folder, out = run
+    result = result_in(folder)
+    assert (result["method"], result["model"], result["dataset"]) == (
+        METHODS[name],
+        "tiny",
+        "embedded",
+    )
+    assert (result["shots"], result["seed"], result["eps"]) == (16, 1, common.TINY_EPS)
+    assert (result["steps"], result["test_steps"], result["test_limit"]) == (4, 3, LIMIT)
+    assert result["versions"]["torch"] == torch.__version__
+    assert result["peak_memory_mib"] > 100
+    assert 0 < result["training_seconds"] < result["seconds"]
+    sizes = {"advmask": 884_736, "advlora": 6 * (18 * 8 * 192 + 6), "baselines.tecoa": 2_768_640}
+    assert result[SIZES[name]] == sizes[name]
+    assert f"{sizes[name]:,}" in out
+    assert "vision 2,768,640 / total 9,922,049 parameters" in out
+    assert "step 4/4" in out and "160 training images, 64 px, eps 3/255" in out
+    if name == "advmask":
+        assert 0 < result["off"] < 1
+    if name == "advlora":
+        # in_proj counts as three matrices
+        assert sorted(len(shares) for shares in result["residual"].values()) == 18 * [1] + 6 * [3]
+
+
+def test_the_adapter_tells_how_it_was_made(run, embedded):
+    name, folder, _ = run
+    with safetensors.safe_open(adapter_in(folder), "pt") as file:
+        facts = file.metadata()
+    expected = {"method": METHODS[name], "model": "tiny", "seed": "1", "shots": "16", "steps": "4"}
+    assert {key: facts[key] for key in expected} == expected
+    assert json.loads(facts["names"]) == embedded.classes
+
+
+def test_load_gives_the_same_accuracies_and_nothing_before(run, program, unchecked, tmp_path):
+    name, folder, _ = run
+    answer = program(name, *SHORT, "--load", adapter_in(folder), "--out", tmp_path)
+    assert answer.code == 0, answer.err
+    first, loaded = result_in(folder), result_in(tmp_path)
+    assert unflagged(loaded["after"]) == unflagged(first["after"])
+    assert loaded["before"] is None and "zero-shot" not in answer.out
+    assert [line for line in answer.out.splitlines() if line.startswith(PROGRAMS[name])]
+    for key in (SIZES[name], "off"):
+        assert loaded.get(key) == first.get(key)
+
+
+def test_load_in_python_gives_the_classifier_that_was_measured(run, unchecked, embedded):
+    name, folder, _ = run
+    result = result_in(folder)
+    place = adapter_in(folder).parent
+    net = importlib.import_module(name).load(place, dtype=result["dtype"])
+    items = random.Random(0).sample(embedded.test, LIMIT)
+    images = common.TestImages(items, net.size)
+    again = common.evaluate(net, images, result["eps"], result["test_steps"])
+    assert unflagged(again) == unflagged(result["after"])
+
+
+def test_the_export_is_the_model_that_was_measured(run, unchecked, embedded):
+    _, folder, _ = run
+    result = result_in(folder)
+    again = measured_again(folder / "exported" / "x", embedded, result)
+    assert again == unflagged(result["after"])
+    assert again != unflagged(result["before"])
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(run, program, unchecked, tmp_path):
+    name, folder, _ = run
+    for seed in (1, 2):
+        answer = program(name, *SHORT, "--seed", seed, "--out", tmp_path / str(seed))
+        assert answer.code == 0, answer.err
+    first = adapter_in(folder)
+    assert same_tensors(first, adapter_in(tmp_path / "1"))
+    assert unflagged(result_in(tmp_path / "1")["after"]) == unflagged(result_in(folder)["after"])
+    assert not same_tensors(first, adapter_in(tmp_path / "2"))
+
+
+# ------------------------------------------------------------------------------------------------
+# Variants
+# ------------------------------------------------------------------------------------------------
+
+BOTH = 6 * (18 * 4 * 192 + 6) + 4 * (18 * 4 * 128 + 6)
+VARIANTS = {
+    "MLP": ("advmask", ("--weights", "mlp", "--loss", "kl", "--budget", 3), 6 * 8 * 192**2),
+    "both towers": ("advlora", ("--towers", "both", "--rank", 4, "--lr", 1e-2), BOTH),
+    "plain LoRA": (
+        "advlora",
+        ("--init", "kaiming", "--no-align", "--no-adaptive", "--lr", 1e-2),
+        6 * 18 * 8 * 192,
+    ),
+    "published": ("baselines.tecoa", ("--published", "--lr", 1e-2), 2_768_640),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_variant_loads_and_exports_what_it_measured(
+    program, unchecked, tmp_path, embedded, variant
+):
+    name, arguments, size = VARIANTS[variant]
+    exported = tmp_path / "x"
+    answer = program(name, *SHORT, *arguments, "--out", tmp_path / "run", "--export", exported)
+    assert answer.code == 0, answer.err
+    result = result_in(tmp_path / "run")
+    assert result[SIZES[name]] == size
+    assert result["after"] != result["before"]
+    assert measured_again(exported, embedded, result) == unflagged(result["after"])
+    loaded = ("--load", tmp_path / "run" / adapter_in(tmp_path / "run").parent.name)
+    answer = program(name, *SHORT, *loaded, "--out", tmp_path / "loaded")
+    assert answer.code == 0, answer.err
+    assert result_in(tmp_path / "loaded")["after"] == result["after"]
+    assert result_in(tmp_path / "loaded")[SIZES[name]] == size
+
+
+@pytest.mark.parametrize("arguments, lr", [((), 3e-4), (("--published",), 1e-5)])
+def test_the_published_recipe_of_tecoa_has_the_published_rate(
+    program, unchecked, tmp_path, arguments, lr
+):
+    answer = program("baselines.tecoa", *TINIEST, *arguments, "--out", tmp_path)
+    assert answer.code == 0, answer.err
+    result = result_in(tmp_path)
+    assert (result["published"], result["lr"]) == (bool(arguments), lr)
+    assert ("SGD" in answer.out) == bool(arguments)
+
+
+# A short training of the small CLIP on the embedded data, measured on the first test images:
+# points of accuracy under PGD-5 that it wins at least
+TRAINING = ("--steps", 14, "--batch-size", 12, "--test-steps", 5, "--test-limit", 32)
+FAST = {"advmask": ("--budget", 3), "advlora": ("--lr", 2e-3), "baselines.tecoa": ()}
+ROBUST_GAIN = 5
+
+
+@pytest.mark.numbers
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_training_wins_robust_accuracy(program, tmp_path, name):
+    answer = program(name, *TRAINING, *FAST[name], "--out", tmp_path)
+    assert answer.code == 0, answer.err
+    result = result_in(tmp_path)
+    assert result["after"]["pgd"] >= result["before"]["pgd"] + ROBUST_GAIN
+    assert result["after"]["clean"] > result["after"]["pgd"]
+    assert result["after"]["flags"] == []
+
+
+def test_vit_b_32_learns_masks_of_own_images(program, unchecked, picture_folder, tmp_path):
+    mine = ("--dataset", "folder", "--data-root", picture_folder(tmp_path / "mine", n=3))
+    few = ("--shots", 1, *TINIEST, "--steps", 2)
+    answer = program("advmask", *mine, "--pretrained", "none", *few, "--out", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    assert "224 px, eps 1/255" in answer.out and "28,311,552" in answer.out
+    result = result_in(tmp_path / "out")
+    assert (result["model"], result["masked"]) == ("ViT-B-32-quickgelu", 28_311_552)
+    size = adapter_in(tmp_path / "out").stat().st_size
+    assert 28_311_552 / 8 <= size <= 28_311_552 / 8 + 10_000, "a bit a weight"
+
+
+@pytest.mark.parametrize("part", ["base", "new"])
+def test_halves_are_trained_alone(program, unchecked, embedded, tmp_path, part):
+    half = ("--classes", part, "--split", "val")
+    answer = program("advmask", *TINIEST, *half, "--out", tmp_path)
+    assert answer.code == 0, answer.err
+    assert "5 classes, 80 training images" in answer.out
+    assert "val set embedded: 5 classes, 2 images" in answer.out
+    with safetensors.safe_open(adapter_in(tmp_path), "pt") as file:
+        names = json.loads(file.metadata()["names"])
+    assert names == (embedded.classes[:5] if part == "base" else embedded.classes[5:])
+
+
+def test_a_run_in_which_nothing_is_switched_off_says_so(program, unchecked, tmp_path):
+    answer = program("advmask", *TINIEST, "--budget", 0, "--out", tmp_path)
+    assert answer.code == 0, answer.err
+    result = result_in(tmp_path)
+    assert result["off"] == 0
+    (warning,) = [line for line in answer.out.splitlines() if line.startswith("WARNING")]
+    assert "plain CLIP" in warning
+    assert result["after"] == result["before"]
+
+
+# ------------------------------------------------------------------------------------------------
+# Defaults that depend on others
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, arguments, expected",
+    [
+        # 160 images: 6 epochs of AdvMask, 4 of the others, at least 100 steps
+        ("advmask", (), {"steps": 100, "budget": 1.5, "lam": 150}),
+        ("advmask", ("--batch-size", 5), {"steps": 192, "budget": 1.92}),
+        ("advmask", ("--steps", 150), {"steps": 150, "budget": 1.5}),
+        ("advmask", ("--steps", 600), {"steps": 600, "budget": 3}),
+        ("advmask", ("--steps", 300, "--budget", 1), {"steps": 300, "budget": 1}),
+        ("advlora", (), {"steps": 100}),
+        ("advlora", ("--batch-size", 5), {"steps": 128}),
+        ("baselines.tecoa", (), {"steps": 100}),
+        ("baselines.tecoa", ("--batch-size", 5), {"steps": 128}),
+    ],
+)
+def test_the_data_and_the_batch_set_steps_and_budget(
+    program, unchecked, monkeypatch, tmp_path, name, arguments, expected
+):
+    # the length is fixed before the first of the batches
+    monkeypatch.setattr(common, "batches", lambda *_: iter(()))
+    answer = program(name, "--test-steps", 1, "--test-limit", 2, *arguments, "--out", tmp_path)
+    assert answer.code == 0, answer.err
+    result = result_in(tmp_path)
+    for key, value in expected.items():
+        assert result[key] == pytest.approx(value)
+
+
+class Brightness(nn.Module):
+    """Two logits: w times the brightness, and 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(1, 1, bias=False)
+        self.linear.weight.data.fill_(0.1)
+
+    def forward(self, x):
+        z = self.linear(x.flatten(1).mean(1, keepdim=True))
+        return torch.cat([z, 0 * z], 1)
+
+
+@pytest.mark.parametrize("steps, budget", [(10, 0.5), (100, 1.5)])
+def test_the_rates_of_a_training_add_up_to_the_flip_budget(monkeypatch, steps, budget):
+    monkeypatch.setattr(advmask, "features", lambda net, x: (torch.zeros(1, len(x), 1), net(x)))
+    net = Brightness().eval()
+    masks = advmask.attach(net, ["linear.weight"])
+    x = torch.full((1, 3, 1, 1), 0.5)
+    advmask.train(net, masks, [(x, torch.tensor([1]))] * steps, steps, 0.1, "ce", 0, budget)
+    # with one entry, g / rms(g) is 1 in every step, and so v_t = 1 - 0.9^(t + 1)
+    decay = [0.5 * (1 + math.cos(math.pi * t / steps)) for t in range(steps)]
+    way = 0
+    for t in range(steps):
+        gamma = budget * 5e-3 * decay[t] / sum(decay)  # all of them add up to budget * 5e-3
+        way += gamma * (1 - 0.9 ** (t + 1))
+    (mask,) = masks.values()
+    assert mask.M.item() == pytest.approx(1e-2 - way, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_help_explains_every_argument(program, name):
+    answer = program(name, "--help")
+    assert answer.code == 0 and answer.err == ""
+    for action in importlib.import_module(name).arguments()._actions:
+        assert action.option_strings[-1] in answer.out
+
+
+# ------------------------------------------------------------------------------------------------
+# Faults of the input
+# ------------------------------------------------------------------------------------------------
+
+CALTECH = "--model", "tiny", "--dataset", "caltech101", "--data-root"
+FOLDER = "--model", "tiny", "--dataset", "folder", "--data-root"
+
+
 def corrupt_image(path, make):
-    make(path / "d")
-    (path / "d" / "cat" / "1.png").write_bytes((path / "d" / "cat" / "1.png").read_bytes()[:100])
+    image = make(path / "d") / "cat" / "1.png"
+    image.write_bytes(image.read_bytes()[:100])
     return *FOLDER, path / "d"
 
 
-def wrong_names(path, make):
-    make(path / "d")
-    (path / "d" / "classnames.txt").write_text("cat\ndog\nemu\n")
+def three_names_for_two(path, make):
+    (make(path / "d") / "classnames.txt").write_text("cat\ndog\nemu\n")
+    return *FOLDER, path / "d"
+
+
+def names_in_latin_1(path, make):
+    (make(path / "d") / "classnames.txt").write_bytes("cat\nchâteau\n".encode("latin-1"))
     return *FOLDER, path / "d"
 
 
@@ -214,14 +464,9 @@ def below_a_file(path, make):
     return "--out", path / "file" / "runs"
 
 
-def garbage(path, make):
-    (path / "a.safetensors").write_bytes(b"\xff" * 100)
-    return "--load", path / "a.safetensors"
-
-
-def no_layers(path, make):
-    common.save_adapter(path / "a.safetensors", {"x": torch.zeros(1, dtype=torch.uint8)}, {"method": "advmask", "model": "tiny"})
-    return "--load", path / "a.safetensors"
+def data_below_a_file(path, make):
+    (path / "file").write_text("")
+    return *CALTECH, path / "file" / "data"
 
 
 def full_export(path, make):
@@ -230,106 +475,289 @@ def full_export(path, make):
     return "--export", path / "x"
 
 
-FAULTS = {    # what is wrong -> arguments (or a function that makes them), words of the sentence
-    "no data": (lambda path, make: (*CALTECH, path / "d"), ["d/caltech-101/101_ObjectCategories", "--data-root"]),
-    "data below a file": (lambda path, make: (*CALTECH, below_a_file(path, make)[1]), ["file/runs"]),
+def one_sub_folder(path, make):
+    return *FOLDER, make(path / "d", ("cat",))
+
+
+def two_images(path, make):
+    return *FOLDER, make(path / "d", n=2)
+
+
+def no_data(path, make):
+    return *CALTECH, path / "d"
+
+
+def garbage(path, make):
+    (path / "a.safetensors").write_bytes(b"\xff" * 100)
+    return "--load", path / "a.safetensors"
+
+
+def no_text_transformer(path, make):
+    _, config = common.load_clip("tiny")
+    clip = open_clip.CustomTextCLIP(**config["model_cfg"])  # keeps its text tower elsewhere
+    config["model_cfg"]["custom_text"] = True
+    common.export(clip, config, path / "custom")
+    return "--model", f"local-dir:{path / 'custom'}", "--towers", "both"
+
+
+# what is wrong -> arguments, or a function that makes them, and words of the sentence
+FAULTS = {
+    "no data": (no_data, ["d/caltech-101/101_ObjectCategories", "--data-root"]),
+    "data below a file": (data_below_a_file, ["file/data"]),
     "no folder": ((*FOLDER, "/nonexistent/data"), ["/nonexistent/data", "sub-folder"]),
-    "one sub-folder": (lambda path, make: (*FOLDER, make(path / "d", ("cat",))), ["1 sub-folders", "at least 2"]),
-    "too few images": (lambda path, make: (*FOLDER, make(path / "d", n=2)), ["cat has 2 images", "at least 3"]),
+    "one sub-folder": (one_sub_folder, ["1 sub-folders", "at least 2"]),
+    "two images": (two_images, ["cat has 2 images", "at least 3"]),
     "corrupt image": (corrupt_image, ["1.png", "cannot be read"]),
-    "wrong classnames.txt": (wrong_names, ["classnames.txt names 3", "2 sub-folders"]),
+    "three names for two": (three_names_for_two, ["classnames.txt names 3", "2 sub-folders"]),
+    "names not in UTF-8": (names_in_latin_1, ["classnames.txt", "UTF-8"]),
+    "unknown dataset": (("--dataset", "mnist"), ["--dataset", "'mnist'", "caltech101"]),
     "unknown model": (("--model", "ViT-Z-99"), ["ViT-Z-99", "ViT-B-32-quickgelu"]),
-    "no vision transformer": (("--model", "RN50-quickgelu", "--pretrained", "none"), ["RN50", "ViT"]),
-    "no such export": (("--model", "local-dir:/nonexistent"), ["/nonexistent"]),
+    "no transformer": (("--model", "RN50-quickgelu", "--pretrained", "none"), ["RN50", "ViT"]),
+    "no such model folder": (("--model", "local-dir:/nonexistent"), ["/nonexistent"]),
     "other activation": (("--model", "ViT-B-32"), ["--model ViT-B-32-quickgelu"]),
-    "shots 0": (("--shots", "0"), ["--shots", "at least 1", "'0'"]),
-    "shots many": (("--shots", "many"), ["--shots", "'many'"]),
+    "no shots": (("--shots", "0"), ["--shots", "at least 1", "'0'"]),
+    "many shots": (("--shots", "many"), ["--shots", "'many'"]),
+    "no steps": (("--steps", "0"), ["--steps", "at least 1", "'0'"]),
+    "no test steps": (("--test-steps", "0"), ["--test-steps", "at least 1", "'0'"]),
     "eps -1": (("--eps", "-1"), ["--eps", "'-1'"]),
     "eps nan": (("--eps", "nan"), ["--eps", "'nan'"]),
     "eps 1/0": (("--eps", "1/0"), ["--eps", "'1/0'"]),
-    "lam inf": (("--lam", "inf"), ["--lam", "'inf'"]),
+    "eps 8": (("--eps", "8"), ["--eps 8", "8/255"]),
+    "float16": (("--dtype", "float16"), ["float16", "bfloat16"]),
     "unknown argument": (("--epsilon", "1"), ["--epsilon", "--help"]),
-    "unknown loss": (("--loss", "mse"), ["--loss", "lafa"]),
-    "init below threshold": (("--init", "1e-3"), ["--init 0.001", "--threshold 0.005"]),
-    "init inf": (("--init", "inf"), ["--init"]),
-    "no adapter": (("--load", "/nonexistent/a.safetensors"), ["/nonexistent/a.safetensors", "does not exist"]),
-    "garbage adapter": (garbage, ["a.safetensors", "cannot be read"]),
-    "adapter without layers": (no_layers, ["a.safetensors"]),
-    "full export": (full_export, ["--export", "not empty"]),
     "no such device": (("--device", "nonsense"), ["'nonsense'", "--device cpu"]),
     "device without data": (("--device", "meta"), ["'meta'", "--device cpu"]),
-    "seed too large": (("--seed", str(2**70)), ["seed"]),
+    "seed too large": (("--seed", str(2**70)), ["--seed", str(2**70)]),
     "out below a file": (below_a_file, ["file/runs", "--out"]),
+    "full export": (full_export, ["--export", "not empty"]),
+    "no adapter": (("--load", "/nonexistent/a"), ["/nonexistent/a", "does not exist"]),
+    "garbage adapter": (garbage, ["a.safetensors", "cannot be read"]),
 }
-
-
-LORA_FAULTS = {
-    "rank 0": (("--rank", "0"), ["--rank", "at least 1", "'0'"]),
-    "rank 1000": (("--rank", "1000"), ["--rank 1000", "1 to 192"]),
-    "full and both towers": (("--full", "--towers", "both"), ["--full", "--towers both"]),
-    "clean weight -1": (("--clean-weight", "-1"), ["--clean-weight", "'-1'"]),
+OWN_FAULTS = {
+    ("advmask", "lam inf"): (("--lam", "inf"), ["--lam", "'inf'"]),
+    ("advmask", "budget nan"): (("--budget", "nan"), ["--budget", "'nan'"]),
+    ("advmask", "unknown loss"): (("--loss", "mse"), ["--loss", "lafa"]),
+    ("advlora", "rank 0"): (("--rank", "0"), ["--rank", "at least 1", "'0'"]),
+    ("advlora", "rank 1000"): (("--rank", "1000"), ["--rank 1000", "192"]),
+    ("advlora", "no text transformer"): (no_text_transformer, ["--towers vision"]),
+    ("advlora", "unknown start"): (("--init", "gaussian"), ["--init", "kaiming"]),
+    ("advlora", "clean weight -1"): (("--clean-weight", "-1"), ["--clean-weight", "'-1'"]),
+    ("baselines.tecoa", "lr nan"): (("--lr", "nan"), ["--lr", "'nan'"]),
 }
-ALL_FAULTS = {("advmask", fault): v for fault, v in FAULTS.items()} | {("advlora", fault): v for fault, v in LORA_FAULTS.items()}
+ALL_FAULTS = dict(OWN_FAULTS)
+for program_name in PROGRAMS:
+    for fault in FAULTS:
+        ALL_FAULTS[program_name, fault] = FAULTS[fault]
 
 
 @pytest.mark.parametrize("name, fault", ALL_FAULTS)
-def test_a_faulty_input_is_one_sentence_and_no_file(program, picture_folder, monkeypatch, tmp_path, files_in, name, fault):
+def test_a_faulty_input_is_one_sentence_and_no_file(
+    program, unevaluated, picture_folder, monkeypatch, tmp_path, files_in, name, fault
+):
     arguments, words = ALL_FAULTS[name, fault]
-    # no test leaves this machine: a download meets an address that does not answer
-    monkeypatch.setattr(urllib.request, "urlopen", no_network)
     if fault == "other activation":
-        monkeypatch.setattr(open_clip, "create_model_and_transforms", lambda *_, **__: pytest.fail("it must refuse before it loads, or downloads"))
-    trained, batches = [], common.batches
-    monkeypatch.setattr(common, "batches", lambda *a: (trained.append(1) or batch for batch in batches(*a)))
-    arguments = arguments(tmp_path, picture_folder) if callable(arguments) else arguments
-    out = () if "--out" in arguments else ("--out", tmp_path / "out")
-    assert faulty(program(name, *TINIEST, *out, *arguments), *words)
-    assert files_in(tmp_path / "out") == [] and not trained, "a fault of the input is known before the training"
-
-
-@pytest.mark.parametrize("flag, asked", [((), True), (("--download",), True), (("--no-download",), False)])
-def test_images_are_downloaded_unless_that_is_refused(program, monkeypatch, tmp_path, flag, asked):
-    calls = []
-    monkeypatch.setattr(common.torchvision.datasets, "Caltech101", lambda *_, **keywords: calls.append(keywords))
-    (tmp_path / "data").mkdir()
-    assert faulty(program("advmask", "--dataset", "caltech101", "--model", "tiny", *flag), "101_ObjectCategories")
-    assert calls == asked * [{"download": True}]
-
-
-def test_another_programs_adapter_is_refused(run, program, tmp_path, files_in):
-    name, folder, _ = run
-    for other in PROGRAMS.keys() - {name}:
-        answer = program(other, *TINIEST, "--load", adapter_in(folder), "--out", tmp_path / "out")
-        assert faulty(answer, str(adapter_in(folder)), f"{name!r}, but this run has {other!r}")
+        told = "it must refuse before it loads, or downloads"
+        load = "create_model_and_transforms"
+        monkeypatch.setattr(open_clip, load, lambda *_, **__: pytest.fail(told))
+    if callable(arguments):
+        arguments = arguments(tmp_path, picture_folder)
+    answer = program(name, *TINIEST, "--out", tmp_path / "out", *arguments)
+    assert_fault(answer, *words)
     assert files_in(tmp_path / "out") == []
 
 
-def test_a_missing_checkpoint_is_one_sentence_in_a_process_of_its_own(tmp_path):
+def test_a_missing_checkpoint_is_one_sentence_in_a_process_of_its_own(tmp_path, files_in):
     # here, because open_clip logs to stderr as well
-    process = shell("advmask", *TINIEST, "--model", "ViT-B-32-quickgelu", "--pretrained", "/nonexistent/model.pt", cwd=tmp_path)
+    checkpoint = "--model", "ViT-B-32-quickgelu", "--pretrained", "/nonexistent/model.pt"
+    process = shell("advmask", *TINIEST, *checkpoint, cwd=tmp_path)
     _, err = process.communicate()
-    assert process.returncode == 2 and "Traceback" not in err
+    assert process.returncode == 2
     assert err.startswith("error: ") and err.count("\n") == 1 and "/nonexistent/model.pt" in err
+    assert files_in(tmp_path) == []
 
 
-# -------------------------------------------------------------------------------------------------------- full disks, killed processes
-@pytest.mark.parametrize("limit, export, left", [(20_000, False, []), (300_000, True, ["adapter.safetensors"])], ids=["adapter", "export"])
-def test_a_file_that_cannot_be_written_whole_is_not_written(program, tmp_path, files_in, limit, export, left):
+@pytest.mark.parametrize("name", ["advlora", "baselines.tecoa"])
+def test_a_training_that_diverges_is_one_sentence_and_no_file(
+    program, unchecked, tmp_path, files_in, name
+):
+    far = ("--steps", 6, "--lr", 1e10)
+    answer = program(name, *TINIEST, *far, "--out", tmp_path / "out")
+    assert_fault(answer, "diverged", "a lower rate")
+    assert files_in(tmp_path) == []
+
+
+def test_names_that_mislead_are_warned_of_before_anything_is_evaluated(
+    program, unchecked, picture_folder, monkeypatch, tmp_path
+):
+    pictures = picture_folder(tmp_path / "d", ("a", "b", "c"))
+    (pictures / "classnames.txt").write_text("cat\ncat\n" + 50 * "very " + "long\n")
+    evaluate = common.evaluate
+
+    def told(*arguments, **options):
+        print("evaluated")
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(common, "evaluate", told)
+    answer = program("advmask", *TINIEST, *FOLDER, pictures, "--out", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    start = answer.out[: answer.out.index("evaluated")].splitlines()
+    same, cut = [line for line in start if line.startswith("WARNING")]
+    assert "two classes are called 'cat'" in same
+    assert "very long" in cut and "only 24 are read" in cut
+
+
+# ------------------------------------------------------------------------------------------------
+# Adapters that are not this program's, or not whole
+# ------------------------------------------------------------------------------------------------
+
+
+def tampered(source, target, change):
+    """Write an adapter file again, after change(tensors, metadata)."""
+    tensors = safetensors.torch.load_file(source)
+    with safetensors.safe_open(source, "pt") as file:
+        facts = file.metadata()
+    change(tensors, facts)
+    safetensors.torch.save_file(tensors, target, facts or None)
+
+
+def of_another_model(tensors, facts):
+    facts["model"] = "ViT-B-32-quickgelu"
+
+
+def of_other_weights(tensors, facts):
+    facts["pretrained"] = "laion2b"
+
+
+def without_template(tensors, facts):
+    del facts["template"]
+
+
+def without_metadata(tensors, facts):
+    facts.clear()
+
+
+def without_a_tensor(tensors, facts):
+    del tensors[min(tensors)]
+
+
+def with_one_too_many(tensors, facts):
+    tensors["more"] = torch.zeros(3)
+
+
+def with_a_short_tensor(tensors, facts):
+    key = min(tensors)
+    tensors[key] = tensors[key][:-1].clone()
+
+
+def of_unknown_weights(tensors, facts):
+    facts["weights"] = "all"
+
+
+def of_rank_4(tensors, facts):
+    facts["rank"] = "4"
+
+
+def of_rank_1000(tensors, facts):
+    facts["rank"] = "1000"
+
+
+def of_rank_many(tensors, facts):
+    facts["rank"] = "many"
+
+
+TAMPERED = {
+    of_another_model: ["'ViT-B-32-quickgelu'", "'tiny'"],
+    of_other_weights: ["'laion2b'", "'openai'"],
+    without_template: ["template"],
+    without_metadata: ["method", "model", "template"],
+    without_a_tensor: ["does not fit", "--model"],
+    with_one_too_many: ["does not fit", "--model"],
+    with_a_short_tensor: ["does not fit", "--model"],
+    of_unknown_weights: ["does not fit", "all"],
+    of_rank_4: ["does not fit", "--model"],
+    of_rank_1000: ["does not fit", "1000"],
+    of_rank_many: ["does not fit", "many"],
+}
+# metadata that only some of the programs have
+OWN = {
+    of_unknown_weights: ["advmask", "advlora"],
+    of_rank_4: ["advlora"],
+    of_rank_1000: ["advlora"],
+    of_rank_many: ["advlora"],
+}
+PAIRS = []
+for change in TAMPERED:
+    for program_name in OWN.get(change, PROGRAMS):
+        PAIRS.append((program_name, change))
+
+
+@pytest.mark.parametrize("name, change", PAIRS, ids=lambda x: getattr(x, "__name__", x))
+def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_evaluated(
+    finished, program, unevaluated, tmp_path, files_in, name, change
+):
+    folder, _ = finished(name)
+    tampered(adapter_in(folder), tmp_path / "a.safetensors", change)
+    loaded = ("--load", tmp_path / "a.safetensors")
+    answer = program(name, *TINIEST, *loaded, "--out", tmp_path / "out")
+    assert_fault(answer, *TAMPERED[change])
+    assert files_in(tmp_path / "out") == []
+
+
+def test_an_adapter_cut_short_is_refused_before_anything_is_evaluated(
+    run, program, unevaluated, tmp_path, files_in
+):
+    name, folder, _ = run
+    content = adapter_in(folder).read_bytes()
+    for length in (0, 50, len(content) - 1):
+        (tmp_path / "a.safetensors").write_bytes(content[:length])
+        loaded = ("--load", tmp_path / "a.safetensors")
+        answer = program(name, *TINIEST, *loaded, "--out", tmp_path / "out")
+        assert_fault(answer, "a.safetensors", "cannot be read")
+    assert files_in(tmp_path / "out") == []
+
+
+def test_another_programs_adapter_is_refused_before_anything_is_evaluated(
+    run, program, unevaluated, tmp_path, files_in
+):
+    name, folder, _ = run
+    for other in PROGRAMS.keys() - {name}:
+        loaded = ("--load", adapter_in(folder))
+        answer = program(other, *TINIEST, *loaded, "--out", tmp_path / "out")
+        assert_fault(answer, f"made by {METHODS[name]}", f"this is {METHODS[other]}")
+    assert files_in(tmp_path / "out") == []
+
+
+# ------------------------------------------------------------------------------------------------
+# Full disks, killed processes
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "limit, left", [(20_000, []), (300_000, ["adapter.safetensors"])], ids=["adapter", "export"]
+)
+def test_a_file_that_cannot_be_written_whole_is_not_written(
+    program, unchecked, tmp_path, files_in, limit, left
+):
     # a limit on the size of a file stops a write half-way, as a full disk does
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        answer = program("advmask", *TINIEST, "--out", tmp_path / "out", *(("--export", tmp_path / "x" / "y") if export else ()))
+        exported = tmp_path / "x" / "y"
+        answer = program("advmask", *TINIEST, "--out", tmp_path / "out", "--export", exported)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert faulty(answer)
-    assert {pathlib.Path(p).name for p in files_in(tmp_path / "out")} - {"result.json"} == set(left) and files_in(tmp_path / "x") == []
+    assert_fault(answer, "nothing half-written was left")
+    assert [pathlib.Path(file).name for file in files_in(tmp_path / "out")] == left
+    assert files_in(tmp_path / "x") == []
 
 
 def test_a_killed_run_leaves_no_file(tmp_path, files_in):
-    process = shell("advmask", "--steps", 10**6, "--batch-size", 2, "--test-steps", 1, "--test-limit", 2, "--out", tmp_path / "out", cwd=tmp_path)
-    seen = list(itertools.takewhile(lambda line: not line.startswith("step 50/"), process.stdout))
+    endless = ("--steps", 10**6, "--batch-size", 2, "--test-steps", 1, "--test-limit", 2)
+    process = shell("advmask", *endless, "--out", tmp_path / "out", cwd=tmp_path)
+    for line in process.stdout:
+        if "steps, loss lafa" in line:  # the training starts
+            break
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert any("lambda" in line for line in seen) and process.returncode == -signal.SIGKILL
+    assert process.returncode == -signal.SIGKILL
     assert files_in(tmp_path) == []

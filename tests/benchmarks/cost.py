@@ -1,31 +1,54 @@
-"""What does a training step cost, and how much memory: the methods beside full adversarial fine-tuning.
+"""What do a training step and its memory cost beside full adversarial fine-tuning?
 
-    python tests/benchmarks/cost.py                # the small CLIP, embedded data; other arguments go to every program
+    python tests/benchmarks/cost.py                        # the small CLIP, embedded data
+    python tests/benchmarks/cost.py --model ViT-B-32-quickgelu --pretrained none --batch-size 8
 
-Every program trains 20 steps in a process of its own, three rounds of all of them; the least of three counts, as ratios within one run.
+Every program trains 20 steps in a process of its own, in turns for three rounds; the least of three
+counts. Unlike speed.py this counts all of a training: augmentation, and the memory of the process.
+More arguments go to every program.
 """
+
 import json
 import pathlib
 import subprocess
 import sys
 import tempfile
 
-HERE = pathlib.Path(__file__).resolve().parent.parent.parent
-RUNS = {"full fine-tuning": ["advlora.py", "--full"], "AdvLoRA": ["advlora.py"],
-        "plain LoRA": ["advlora.py", "--init", "gaussian", "--no-align", "--no-adaptive"], "AdvMask": ["advmask.py"]}
-FIXED = ["--steps", "20", "--test-steps", "1", "--test-limit", "1", "--after-only"]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+RUNS = {
+    "TeCoA": ["-m", "baselines.tecoa"],
+    "AdvLoRA": ["advlora.py"],
+    "plain LoRA": ["advlora.py", "--init", "kaiming", "--no-align", "--no-adaptive"],
+    "AdvMask": ["advmask.py"],
+}
+STEPS = 20
+SHORT = ["--steps", str(STEPS), "--test-steps", "1", "--test-limit", "1"]
 
-if __name__ == "__main__":
-    seconds, memory = ({name: [] for name in RUNS} for _ in range(2))
+
+def run(words):
+    """Run a program -> seconds of its training, MiB of its process."""
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, *words, *SHORT, *sys.argv[1:], "--out", out]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        (file,) = pathlib.Path(out).glob("*/result.json")
+        result = json.loads(file.read_text())
+    return result["training_seconds"], result["peak_memory_mib"]
+
+
+def main():
+    seconds = {name: [] for name in RUNS}
+    memory = {name: [] for name in RUNS}
     for _ in range(3):
-        for name, (script, *arguments) in RUNS.items():
-            with tempfile.TemporaryDirectory() as out:
-                command = [sys.executable, HERE / script, *arguments, *FIXED, *sys.argv[1:], "--out", out]
-                subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-                result = json.loads(next(pathlib.Path(out).glob("*/result.json")).read_text())
-            seconds[name].append(result["training_seconds"])
-            memory[name].append(result["peak_memory_mib"])
-    print("| run | ms a step | of full fine-tuning | MiB of the process |\n|---|---|---|---|")
+        for name, words in RUNS.items():
+            took, mib = run(words)
+            seconds[name].append(took)
+            memory[name].append(mib)
+    print("| run | ms a step | of TeCoA | MiB of the process |\n|---|---|---|---|")
     for name in RUNS:
         least = min(seconds[name])
-        print(f"| {name} | {1000 * least / 20:.0f} | {100 * least / min(seconds['full fine-tuning']):.0f} % | {min(memory[name])} |", flush=True)
+        share = 100 * least / min(seconds["TeCoA"])
+        print(f"| {name} | {1000 * least / STEPS:.0f} | {share:.0f} % | {min(memory[name])} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,689 @@
+"""The results: their lines, the commands that made them, the tables and pictures drawn from them,
+and what the pages say of them."""
+
+import importlib
+import json
+import os
+import pathlib
+import random
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import common
+
+HERE = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = HERE / "results"
+PAGES = HERE / "README.md", RESULTS / "RESULTS.md", RESULTS / "CHOICES.md"
+FILES = sorted(RESULTS.glob("*.jsonl"))
+MARKERS = re.compile(r"<!-- table (\S+) -->\n(.*?)\n?<!-- end -->", re.DOTALL)
+
+
+def lines_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture
+def sweep(monkeypatch):
+    """The module results/sweep.py."""
+    monkeypatch.syspath_prepend(RESULTS)
+    return importlib.import_module("sweep")
+
+
+@pytest.fixture
+def empty(sweep, monkeypatch, tmp_path):
+    """The same, with no results yet; they would go to tmp_path."""
+    monkeypatch.setattr(sweep, "HERE", tmp_path)
+    return sweep
+
+
+# ------------------------------------------------------------------------------------------------
+# The lines and the pages
+# ------------------------------------------------------------------------------------------------
+
+
+def test_the_pages_show_the_tables_that_the_lines_give(sweep):
+    shown = set()
+    for page in PAGES:
+        text = page.read_text()
+        assert text == sweep.fill(text), f"{page.name}: run python results/sweep.py --write"
+        shown.update(name for name, _ in MARKERS.findall(text))
+    assert shown - {"readme"} == set(sweep.TABLES), "every table has its place"
+
+
+def test_the_command_prints_the_tables_of_the_pages():
+    command = [sys.executable, RESULTS / "sweep.py", "--table"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    shown = {}
+    for page in PAGES[1:]:
+        shown.update(MARKERS.findall(page.read_text()))
+    assert dict(MARKERS.findall(printed)) == shown
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_line_is_a_run_of_its_row(sweep, file):
+    runs = {}
+    for run in sweep.runs([file.stem]):
+        runs[run.dataset, run.row, run.seed] = run
+    lines = lines_of(file)
+    for line in lines:
+        assert line["table"] == file.stem
+        run = runs.get(sweep.identity(line))
+        if run is None:
+            assert sweep.TABLES[file.stem].rows[line["row"]] is None, "kept of an earlier commit"
+        else:
+            assert sweep.fits(run, line), f"{line['row']}: not what its command would do"
+    identities = [sweep.identity(line) for line in lines]
+    assert identities == sorted(set(identities)), "sorted, one line each"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_key_of_a_line_is_explained(file):
+    text = (RESULTS / "README.md").read_text()
+    explained = set()
+    for row in re.findall(r"^\| (`.*?) \|", text, re.MULTILINE):
+        explained.update(re.findall(r"`(\w+)`", row))
+    for line in lines_of(file):
+        assert set(line) <= explained, set(line) - explained
+        for part in ("before", "after"):
+            evaluation = line[part] or {}
+            others = evaluation.get("transfer", {})
+            for shown in (evaluation, *others.values()):
+                assert set(shown) <= explained, set(shown) - explained
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_the_accuracies_of_a_line_are_those_of_its_outcomes(file):
+    for line in lines_of(file):
+        for evaluation in (line["before"], line["after"]):
+            if not evaluation:
+                continue
+            parts = [evaluation, *evaluation.get("transfer", {}).values()]
+            for part in parts:
+                for key, digits in (("clean", "12"), ("pgd", "2")):
+                    right = torch.tensor([digit in digits for digit in part["outcomes"]])
+                    assert part[key] == pytest.approx(100 * right.float().mean().item(), abs=1e-3)
+                    assert part["intervals"][key] == common.interval(right)
+                assert part.get("pgd_final", 100) >= part["pgd"], "the best iterate is stricter"
+                assert part["flags"] == []
+            if "H" in evaluation:
+                four = [part[key] for part in parts for key in ("clean", "pgd")]
+                assert evaluation["H"] == pytest.approx(4 / sum(1 / v for v in four), abs=1e-3)
+
+
+def test_the_final_iterate_is_a_little_above_the_best():
+    differences = []
+    for file in FILES:
+        for line in lines_of(file):
+            if "pgd_final" in line["after"]:
+                differences.append(line["after"]["pgd_final"] - line["after"]["pgd"])
+    assert 0.1 < statistics.mean(differences) < 0.2
+
+
+LONG = "AdvMask, 300 steps, budget 3, earlier"
+SHORT = "AdvMask, 200 steps, budget 1.5"
+CLEAN_TOO = "AdvLoRA, CE + CE of clean images / 2"
+# Differences that RESULTS.md states: table, dataset, a row and the row it is compared with, column,
+# the words around the mean difference, and whether it has one sign in every seed
+CLAIMS = [
+    ("main", "embedded", "TeCoA", "AdvLoRA", "PGD", "TeCoA is {:.0f} points ahead of AdvLoRA", 1),
+    ("main", "caltech101", "TeCoA", "AdvLoRA", "PGD", "and {:.0f} on Caltech101. **How sure?**", 1),
+    ("main", "embedded", "TeCoA", "AdvMask", "PGD", "TeCoA is {:.0f} points ahead of AdvMask", 1),
+    ("main", "caltech101", "TeCoA", "AdvMask", "PGD", "and {:.0f} on Caltech101. AdvLoRA", 1),
+    ("main", "embedded", "AdvLoRA", "AdvMask", "clean", "AdvLoRA is {:.0f} clean points ahead", 1),
+    ("main", "embedded", "AdvLoRA", "AdvMask", "PGD", "and {:.0f} under PGD. On Caltech101", 1),
+    ("main", "caltech101", "AdvLoRA", "AdvMask", "clean", "it is {:.0f} clean points ahead", 1),
+    ("main", "caltech101", "AdvLoRA", "AdvMask", "PGD", "and {:.0f} under PGD. On Caltech101", 1),
+    ("main", "embedded", "AdvMask", "zero-shot", "PGD", "AdvMask gains {:.1f} points", 1),
+    ("main", "embedded", "zero-shot", "AdvMask", "clean", "for {:.1f} clean ones", 1),
+    ("modules", "embedded", "attention", "attention, earlier", "clean", "has {:.0f} clean", 1),
+    ("steps", "caltech101", LONG, "AdvMask, 300 steps, budget 3", "clean", "but {:.0f} fewer", 0),
+    (
+        "steps",
+        "caltech101",
+        LONG,
+        "AdvMask, 300 steps, budget 3",
+        "PGD",
+        "{:.0f} fewer under PGD",
+        1,
+    ),
+    ("steps", "caltech101", LONG, SHORT, "PGD", "win?** {:.0f} points under PGD", 1),
+    (
+        "controls",
+        "caltech101",
+        "AdvLoRA",
+        "AdvLoRA, not aligned",
+        "PGD",
+        "{:.0f} points are lost",
+        1,
+    ),
+    ("controls", "caltech101", "AdvLoRA", "plain LoRA", "PGD", "in plain LoRA {:.0f} as well", 1),
+    (
+        "controls",
+        "embedded",
+        "AdvLoRA",
+        "AdvLoRA, not aligned",
+        "PGD",
+        "the loss of {:.0f} points",
+        0,
+    ),
+    ("modules", "embedded", "MLP", "attention, earlier", "clean", "MLP is {:.0f} points ahead", 1),
+    (
+        "modules",
+        "caltech101",
+        "MLP",
+        "attention, earlier",
+        "clean",
+        "and {:.0f} on Caltech101 (†)",
+        1,
+    ),
+    ("modules", "embedded", "attention, earlier", "both", "PGD", "attention is {:.0f} points", 1),
+    ("modules", "embedded", "attention, earlier", "MLP", "PGD", "It is {:.0f} points ahead", 0),
+    ("loss", "embedded", "CE", "CE + LAFA, earlier", "clean", "CE alone is {:.0f} points above", 1),
+    ("loss", "embedded", "CE", "CE + LAFA, earlier", "PGD", "CE alone is {:.0f} points above", 0),
+    ("loss", "caltech101", "CE + LAFA, earlier", "CE", "clean", "LAFA is {:.0f} to 4 points", 1),
+    ("loss", "caltech101", "CE + LAFA, earlier", "CE", "PGD", "LAFA is 3 to {:.0f} points", 1),
+    ("loss", "caltech101", "CE + LAFA, earlier", "CE + JS", "clean", "and 5 to {:.0f} above", 1),
+    ("loss", "caltech101", "CE + LAFA, earlier", "CE + KL", "PGD", "and {:.0f} to 13 above", 1),
+    (
+        "loss",
+        "caltech101",
+        CLEAN_TOO,
+        "AdvLoRA, CE",
+        "clean",
+        "wins AdvLoRA {:.0f} clean points",
+        1,
+    ),
+    ("base-to-new", "caltech101", "zero-shot", "AdvMask", "new clean", "lose {:.0f} clean", 1),
+    ("base-to-new", "caltech101", "AdvMask", "AdvLoRA", "new clean", "and {:.0f} clean points", 1),
+    ("base-to-new", "caltech101", "AdvLoRA", "AdvMask", "base clean", "{:.0f} points higher", 0),
+    (
+        "base-to-new",
+        "caltech101",
+        "AdvLoRA",
+        "AdvMask",
+        "base PGD",
+        "and {:.0f} under PGD, near",
+        1,
+    ),
+    (
+        "transfer",
+        "tiny_imagenet",
+        "AdvMask",
+        "zero-shot",
+        "embedded PGD",
+        "and {:.0f} points on",
+        1,
+    ),
+    ("transfer", "tiny_imagenet", "AdvLoRA", "zero-shot", "embedded PGD", "gains {:.0f} points", 1),
+    (
+        "transfer",
+        "tiny_imagenet",
+        "AdvLoRA",
+        "zero-shot",
+        "caltech101 PGD",
+        "and on Caltech101 {:.0f}",
+        1,
+    ),
+]
+
+
+def difference(sweep, table, dataset, row, other, column):
+    """row - other in points, of every seed that both have; zero-shot stands for every seed."""
+    first, second = (sweep.find(table, name, dataset) for name in (row, other))
+    of_first = dict(zip([line["seed"] for line in first.lines], first.values[column]))
+    of_second = dict(zip([line["seed"] for line in second.lines], second.values[column]))
+    if first.zero_shot:
+        of_first = dict.fromkeys(of_second, *of_first.values())
+    if second.zero_shot:
+        of_second = dict.fromkeys(of_first, *of_second.values())
+    return [of_first[seed] - of_second[seed] for seed in of_first if seed in of_second]
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: f"{claim[0]}: {claim[5]}")
+def test_the_page_states_the_differences_of_the_tables(sweep, claim):
+    *where, words, in_every_seed = claim
+    differences = difference(sweep, *where)
+    text = " ".join((RESULTS / "RESULTS.md").read_text().split())
+    assert words.format(statistics.mean(differences)) in text
+    if in_every_seed:
+        assert min(differences) > 0
+
+
+def test_lafa_is_first_on_caltech101_in_every_seed(sweep):
+    losses = ("CE", "CE + JS", "CE + KL", "CE + LAFA unweighted")
+    for column in ("clean", "PGD"):
+        for other in losses:
+            where = ("loss", "caltech101", "CE + LAFA, earlier", other, column)
+            assert min(difference(sweep, *where)) > 0
+        for other in losses[1:]:
+            assert min(difference(sweep, "loss", "caltech101", "CE", other, column)) > 0
+
+
+@pytest.mark.parametrize("dataset", ["embedded", "caltech101"])
+@pytest.mark.parametrize("column", ["clean", "PGD"])
+def test_sixteen_shots_are_better_than_one_in_every_seed(sweep, dataset, column):
+    for method, sixteen in (("AdvMask", "16 shots, earlier"), ("AdvLoRA", "16 shots")):
+        rows = f"{method}, {sixteen}", f"{method}, 1 shot"
+        assert min(difference(sweep, "shots", dataset, *rows, column)) > 0
+
+
+@pytest.mark.parametrize("dataset", ["embedded", "caltech101"])
+def test_one_shot_is_more_robust_than_none_in_every_seed(sweep, dataset):
+    for method in ("AdvMask", "AdvLoRA"):
+        rows = f"{method}, 1 shot", "zero-shot"
+        assert min(difference(sweep, "shots", dataset, *rows, "PGD")) > 0
+
+
+@pytest.mark.parametrize("dataset", ["embedded", "caltech101"])
+def test_full_fine_tuning_is_more_robust_than_every_control_in_every_seed(sweep, dataset):
+    for row in sweep.TABLES["controls"].rows:
+        if row != "TeCoA":
+            assert min(difference(sweep, "controls", dataset, "TeCoA", row, "PGD")) > 0
+
+
+def robust_names(items, outcomes):
+    """The class names of the robust images; outcomes are in the order of --test-limit."""
+    names = [item.name for item in random.Random(0).sample(items, len(items))]
+    return [name for name, digit in zip(names, outcomes, strict=True) if digit == "2"]
+
+
+def test_only_shirts_and_bags_are_robust_among_the_embedded_new_classes(embedded):
+    new = common.half(embedded, "new")
+    expected = {"AdvMask": {"shirt", "bag"}, "AdvLoRA": {"shirt"}}
+    for line in lines_of(RESULTS / "base-to-new.jsonl"):
+        if line["dataset"] == "embedded":
+            outcomes = line["after"]["transfer"]["new"]["outcomes"]
+            assert set(robust_names(new.test, outcomes)) == expected[line["row"]]
+
+
+def test_most_embedded_images_that_advmask_keeps_from_tiny_imagenet_are_bags(embedded):
+    for line in lines_of(RESULTS / "transfer.jsonl"):
+        if line["row"] == "AdvMask":
+            outcomes = line["after"]["transfer"]["embedded"]["outcomes"]
+            robust = robust_names(embedded.test, outcomes)
+            assert robust.count("bag") > len(robust) / 2
+
+
+def test_the_model_card_states_what_was_measured():
+    card = (HERE / "tiny" / "README.md").read_text()
+    facts = json.loads((HERE / "tiny" / "pretrain.json").read_text())
+    for key in ("zero_shot_caltech101_test", "zero_shot_embedded_test", "logit_scale"):
+        assert f"{facts[key]}" in card
+    for key in ("seconds", "image_tower_parameters", "bytes", "tokens_seen"):
+        assert f"{facts[key]:,}" in card
+    assert (HERE / "tiny" / "weights.safetensors").stat().st_size == facts["bytes"] <= 12e6
+    assert facts["zero_shot_caltech101_test"] >= 55 and facts["zero_shot_embedded_test"] >= 75
+
+
+# ------------------------------------------------------------------------------------------------
+# The commands
+# ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "model, datasets", [("tiny", []), ("ViT-B-16-quickgelu", ["dtd", "sun397"])]
+)
+def test_every_command_of_every_table_is_one_that_its_program_takes(sweep, model, datasets):
+    folders = set()
+    for run in sweep.runs(sweep.TABLES, model, datasets):
+        program, *words = [word for word in sweep.full_command(run, "d")[1:] if word != "-m"]
+        module = importlib.import_module(program.removesuffix(".py"))
+        args = common.parse(module.arguments(), words)
+        assert (args.model, args.dataset, args.seed) == (model, run.dataset, run.seed)
+        assert args.out == run.folder
+        folders.add(run.folder)
+    assert len(folders) == len(sweep.runs(sweep.TABLES, model, datasets)), (
+        "a folder of its own each"
+    )
+
+
+def test_a_row_of_another_table_is_not_run_twice(sweep):
+    commands = [tuple(run.words) for run in sweep.runs(sweep.TABLES)]
+    assert len(set(commands)) == len(commands)
+
+
+def test_other_models_run_on_all_images_with_their_own_weight_of_kl(sweep):
+    datasets = ["dtd", "food101"]
+    tables = ["shots", "loss", "transfer"]
+    more = shlex.split("--pretrained 'my file'")
+    told = {}
+    for run in sweep.runs(tables, "ViT-B-16-quickgelu", datasets, more):
+        told[run.row, run.dataset, run.seed] = " ".join(run.words)
+        assert run.words[-2:] == ["--pretrained", "my file"] and "--test-limit" not in run.words
+    rest = "--model ViT-B-16-quickgelu --dataset {} --seed 1 --pretrained my file"
+    expected = {
+        ("AdvLoRA, 8 shots", "dtd"): "advlora.py --shots 8",
+        ("CE + KL", "food101"): "advmask.py --loss kl --lam 4",
+        ("AdvMask", "tiny_imagenet"): "advmask.py --transfer dtd food101",
+    }
+    for (row, dataset), text in expected.items():
+        assert told[row, dataset, 1] == f"{text} {rest.format(dataset)}"
+
+
+@pytest.fixture
+def stubs(tmp_path):
+    """A folder with the scripts, stubs of the programs, and no results -> sweep(*arguments).
+
+    A stub notes its arguments and writes a result; it fails where the file "mode" names its seed.
+    """
+    (tmp_path / "results").mkdir()
+    for script in ("sweep.py", "experiments.py"):
+        shutil.copy(RESULTS / script, tmp_path / "results")
+    (tmp_path / "baselines").mkdir()
+    for program in ("advmask.py", "advlora.py", "baselines/tecoa.py"):
+        (tmp_path / program).write_text(STUB)
+    (tmp_path / "mode").write_text("")
+    (tmp_path / "calls").write_text("")
+
+    def run(*arguments):
+        command = [sys.executable, tmp_path / "results" / "sweep.py", *arguments]
+        return subprocess.run(command, cwd=tmp_path, text=True, capture_output=True)
+
+    return run
+
+
+STUB = """
+import json, pathlib, sys
+words = sys.argv[1:]
+with open("calls", "a") as file:
+    file.write(" ".join(words) + "\\n")
+value = {name: words[words.index(name) + 1] for name in ("--dataset", "--seed", "--out")}
+if open("mode").read() == f"{value['--dataset']} {value['--seed']}":
+    sys.exit("out of luck")
+folder = pathlib.Path(value["--out"]) / "x"
+folder.mkdir(parents=True, exist_ok=True)
+facts = {"dataset": value["--dataset"], "seed": int(value["--seed"]), "words": words, "off": 1 / 3}
+(folder / "result.json").write_text(json.dumps(facts))
+"""
+
+
+def kept(folder, table="main"):
+    """What a table has lines of: (dataset, row, seed)."""
+    file = folder / "results" / f"{table}.jsonl"
+    return [(line["dataset"], line["row"], line["seed"]) for line in lines_of(file)]
+
+
+def calls(folder):
+    return (folder / "calls").read_text().splitlines()
+
+
+def test_a_broken_sweep_goes_on_where_it_was(stubs, tmp_path):
+    (tmp_path / "mode").write_text("embedded 3")
+    answer = stubs("main")
+    assert answer.returncode == 2 and answer.stderr.count("\n") == 1
+    assert "out of luck" in answer.stderr and "log.txt" in answer.stderr
+    assert kept(tmp_path) == [("embedded", "AdvMask", 1), ("embedded", "AdvMask", 2)]
+
+    # a program that had ended when the sweep was killed: its result is there, its line is not
+    first = "runs/sweep/tiny/main/embedded~AdvLoRA~1/x"
+    (tmp_path / first).mkdir(parents=True)
+    (tmp_path / first / "result.json").write_text('{"dataset": "embedded", "seed": 1}')
+
+    (tmp_path / "mode").write_text("")
+    before = len(calls(tmp_path))
+    listed = stubs("main", "--list").stdout.splitlines()
+    assert len(listed) == 18 - 3
+    assert stubs("main", "--data-root", "photos", "--jobs", "2").returncode == 0
+    assert len(kept(tmp_path)) == 18 and kept(tmp_path) == sorted(kept(tmp_path))
+    assert len(calls(tmp_path)) - before == 18 - 3
+    line = lines_of(tmp_path / "results" / "main.jsonl")[0]
+    fixed = f"--model tiny --dataset caltech101 --seed 1 --data-root {tmp_path}/photos --out"
+    assert " ".join(line["words"][:-1]) == fixed and line["off"] == 0.333333
+    assert stubs("main", "--list").stdout == ""
+    left = [path.name for path in tmp_path.rglob("*.part")]
+    left += [path.name for path in tmp_path.rglob("result.json")]
+    assert left == [], "what is kept is not taken a second time"
+
+
+def test_listed_commands_run_in_the_repository(stubs, tmp_path):
+    listed = stubs("main", "--list").stdout.splitlines()
+    assert calls(tmp_path) == [] and not (tmp_path / "results" / "main.jsonl").exists()
+    tecoa = shlex.split(listed[6])
+    assert tecoa[:3] == ["python", "-m", "baselines.tecoa"]
+    subprocess.run([sys.executable, *tecoa[1:]], cwd=tmp_path, check=True)
+    assert len(stubs("main", "--list").stdout.splitlines()) == len(listed) - 1
+    assert stubs("main", "--take").returncode == 0
+    assert kept(tmp_path) == [("embedded", "TeCoA", 1)]
+
+
+def test_the_job_array_runs_one_command_a_task_and_none_twice(stubs, tmp_path):
+    assert stubs("transfer", "--slurm", "jobs.sh").returncode == 0
+    assert "#SBATCH --array=0-5\n" in (tmp_path / "jobs.sh").read_text()
+    environment = {**os.environ, "SLURM_ARRAY_TASK_ID": "4"}
+    for _ in range(2):
+        subprocess.run(["bash", tmp_path / "jobs.sh"], cwd="/", env=environment, check=True)
+    assert len(calls(tmp_path)) == 1 and "--transfer caltech101 embedded" in calls(tmp_path)[0]
+    # its result is taken in, and the next array has one task less
+    assert stubs("transfer", "--take").returncode == 0
+    assert kept(tmp_path, "transfer") == [("tiny_imagenet", "AdvLoRA", 2)]
+    assert stubs("transfer", "--slurm", "jobs.sh").returncode == 0
+    assert "#SBATCH --array=0-4\n" in (tmp_path / "jobs.sh").read_text()
+
+
+def test_an_unknown_table_and_an_empty_array_are_one_sentence(stubs, tmp_path):
+    answer = stubs("nope")
+    assert answer.returncode == 2 and answer.stderr.startswith("error: ")
+    assert answer.stderr.count("\n") == 1 and "nope" in answer.stderr
+    answer = stubs("earlier", "--slurm", "none.sh")
+    assert answer.returncode == 2 and answer.stderr.count("\n") == 1
+    assert not (tmp_path / "none.sh").exists()
+
+
+# ------------------------------------------------------------------------------------------------
+# Lines, tables and pictures of planted results
+# ------------------------------------------------------------------------------------------------
+
+
+def result_of(sweep, run, **facts):
+    """What a program would write for this run: arguments, then what was measured."""
+    method, asked = sweep.parse(tuple(run.words))
+    asked = dict(asked)
+    after = {"outcomes": "2" * 10}
+    for folder in ("data_root", "out", "load", "export"):
+        del asked[folder]
+    result = {"method": method, **asked, "versions": {}, "before": None, "after": after}
+    result |= {"training_seconds": 10, "peak_memory_mib": 1000}
+    if method == "advmask":
+        result |= {"masked": 884736, "off": 0.02}
+    else:
+        result |= {"trained": 165924}
+    return {**result, **facts}
+
+
+def plant(sweep, table, row, dataset, outcomes, seed=1, others=None, H=None, **facts):
+    """Keep a result of this row. others: the outcomes on other test sets, by name."""
+    for run in sweep.runs([table]):
+        if (run.row, run.dataset, run.seed) == (row, dataset, seed):
+            break
+    after = {"outcomes": outcomes}
+    if others:
+        after["transfer"] = {name: {"outcomes": digits} for name, digits in others.items()}
+    if H:
+        after["H"] = H
+    sweep.keep(table, row, result_of(sweep, run, after=after, **facts))
+
+
+def cells(text):
+    """The rows of a Markdown table, without the line under its head."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    return [row for row in rows if set(row) != {"---"}]
+
+
+@pytest.mark.parametrize("table", ["main", "loss", "choices", "lora", "transfer"])
+def test_a_run_made_by_hand_is_taken_into_the_row_of_its_arguments(empty, tmp_path, table):
+    everything = empty.runs(empty.TABLES)
+    seen = set()
+    for run in empty.runs([table]):
+        if (run.row, run.dataset) in seen:
+            continue
+        seen.add((run.row, run.dataset))
+        folder = tmp_path / "by hand"
+        folder.mkdir(exist_ok=True)
+        result = result_of(empty, run, eps=3 / 255)
+        (folder / "result.json").write_text(json.dumps(result))
+        taken = empty.take(folder, everything, "tiny")
+        assert (taken.table, taken.row, taken.dataset) == (table, run.row, run.dataset)
+    assert len(empty.read(table)) == len(seen)
+
+
+def test_a_run_that_is_taken_takes_the_place_of_its_line(empty, tmp_path):
+    for steps in (100, 300):
+        for seed in (1, 2):
+            plant(empty, "main", "AdvMask", "embedded", "2" * 10, seed, steps=steps)
+    assert [(line["seed"], line["steps"]) for line in empty.read("main")] == [(1, 300), (2, 300)]
+    with pytest.raises(empty.Refused, match="no result.json"):
+        empty.take(tmp_path, empty.runs(["main"]), "tiny")
+
+
+def test_a_run_with_the_arguments_of_no_row_is_refused(empty, tmp_path):
+    (run,) = [run for run in empty.runs(["steps"]) if run.seed == 1]
+    for change in ({"test_limit": 20}, {"batch_size": 8}, {"seed": 4}, {"loss": "ce"}):
+        result = result_of(empty, run, **change)
+        (tmp_path / "result.json").write_text(json.dumps(result))
+        with pytest.raises(empty.Refused, match="no row of steps"):
+            empty.take(tmp_path, [run], "tiny")
+
+
+def test_a_file_of_lines_is_written_whole_or_not_at_all(empty, monkeypatch, tmp_path):
+    plant(empty, "main", "AdvMask", "embedded", "2" * 10)
+    before = empty.file_of("main").read_bytes()
+
+    def full(*_):
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(empty.os, "replace", full)
+        with pytest.raises(OSError):
+            plant(empty, "main", "AdvMask", "embedded", "0" * 10)
+    assert empty.file_of("main").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["main.jsonl"]
+
+
+def test_the_table_is_mean_and_deviation_beside_the_published_number(empty):
+    for seed, wrong in ((1, 4), (2, 8)):
+        outcomes = "2" * (20 - wrong) + "1" * wrong
+        plant(empty, "modules", "MLP", "embedded", outcomes, seed)
+    head, row = cells(empty.table("modules"))
+    assert head[:6] == ["images", "run, small CLIP", "seeds", "clean", "PGD", "trained"]
+    assert head[6:] == ["published, ViT-B/32, mean of 5 datasets"]
+    robust = f"70.0 ± {statistics.stdev([80, 60]):.1f}"
+    images = "embedded, 20 test, PGD-100"
+    masked = "884,736 bits, 2.0 % off"
+    assert row == [images, "MLP", "2", "100.0 ± 0.0", robust, masked, "65.73 / 45.95"]
+
+
+def test_rows_of_an_earlier_training_are_marked(empty):
+    plant(empty, "modules", "MLP", "embedded", "2" * 20, optimizer="sgd")
+    plant(empty, "modules", "both", "embedded", "2" * 20)
+    assert [row[1] for row in cells(empty.table("modules"))[1:]] == ["MLP †", "both"]
+
+
+def test_a_run_on_all_images_counts_on_the_images_of_its_table(empty):
+    chosen = set(random.Random(0).sample(range(2465), 500))  # --test-limit 500 of Caltech101
+    outcomes = "".join("2" if i in chosen else "0" for i in range(2465))
+    plant(empty, "main", "AdvMask", "caltech101", outcomes)
+    plant(empty, "shots", "AdvMask, 1 shot", "caltech101", "1" * 500)
+    (row,) = cells(empty.table("main"))[1:]
+    assert row[:4] == ["caltech101, 2465 test, PGD-100", "AdvMask", "1", "20.3"]
+    one, sixteen = cells(empty.table("shots"))[1:]
+    images = "caltech101, 500 test, PGD-100"
+    assert one[:5] == [images, "AdvMask, 1 shot", "1", "100.0", "0.0"]
+    assert sixteen[:5] == [images, "AdvMask, 16 shots", "1", "100.0", "100.0"]
+    shown = [(row[1], row[-1]) for row in cells(empty.table("loss"))[1:]]
+    assert shown == [("CE + LAFA", "67.3 / 47.1"), ("CE + LAFA, 1 shot", "46.6 / 18.4")]
+
+
+def test_zero_shot_is_what_a_run_measured_before_its_training(empty):
+    before = {"outcomes": "2110"}
+    for seed in (1, 2):
+        plant(empty, "main", "AdvMask", "embedded", "2222", seed, before=before)
+    zero_shot, trained = cells(empty.table("main"))[1:]
+    assert zero_shot[1:6] == ["zero-shot", "1", "75.0", "25.0", "0"]
+    assert trained[1:5] == ["AdvMask", "2", "100.0 ± 0.0", "100.0 ± 0.0"]
+
+
+def test_the_tables_of_several_test_sets_have_a_column_for_each(empty):
+    plant(empty, "base-to-new", "AdvMask", "embedded", "2211", others={"new": "2111"}, H=43.2)
+    head, row = cells(empty.table("base-to-new"))
+    assert head[3:8] == ["base clean", "base PGD", "new clean", "new PGD", "H"]
+    assert row[3:8] == ["100.0", "50.0", "100.0", "25.0", "43.2"]
+    others = {"caltech101": "2211", "embedded": "2110"}
+    plant(empty, "transfer", "AdvMask", "tiny_imagenet", "0000", others=others)
+    head, row = cells(empty.table("transfer"))
+    assert head[5:9] == ["caltech101 clean", "caltech101 PGD", "embedded clean", "embedded PGD"]
+    assert row[5:9] == ["100.0", "50.0", "75.0", "25.0"]
+
+
+@pytest.mark.parametrize("key, values", [("lam", (50, 150)), ("optimizer", ("sgd", "adam"))])
+def test_runs_of_different_arguments_have_no_mean(empty, key, values):
+    for seed, value in enumerate(values, 1):
+        plant(empty, "main", "AdvMask", "embedded", "2222", seed, **{key: value})
+    with pytest.raises(empty.Refused, match=f"AdvMask on embedded differ in {key}:"):
+        empty.table("main")
+
+
+def test_only_what_stands_between_the_markers_is_written(empty):
+    plant(empty, "main", "AdvMask", "embedded", "2222")
+    page = "a <b>\n<!-- table main -->\nold\nlines\n<!-- end -->\nc\n<!-- other -->\n"
+    filled = empty.fill(page)
+    head, _, tail = filled.partition(empty.table("main"))
+    assert head == "a <b>\n<!-- table main -->\n"
+    assert tail == "\n<!-- end -->\nc\n<!-- other -->\n" and empty.fill(filled) == filled
+
+
+def test_the_short_table_has_a_pair_of_columns_for_every_dataset(empty):
+    plant(empty, "main", "AdvMask", "embedded", "2210")
+    plant(empty, "main", "AdvMask", "caltech101", "2000")
+    found = [row for row in cells(empty.short_table()) if row[0] == "AdvMask"]
+    assert found == [["AdvMask", "884,736 bits", "75.0", "50.0", "25.0", "25.0"]]
+
+
+@pytest.fixture
+def pictures(empty):
+    """The module results/pictures.py, with no results yet."""
+    pytest.importorskip("matplotlib")
+    return importlib.import_module("pictures")
+
+
+def test_the_curve_over_shots_is_the_table(empty, pictures):
+    for seed, right in ((1, 100), (2, 140)):
+        outcomes = "2" * right + "1" * (200 - right)
+        plant(empty, "shots", "AdvMask, 2 shots", "embedded", outcomes, seed)
+    before = {"outcomes": "1" * 150 + "0" * 50}
+    plant(empty, "main", "AdvMask", "embedded", "0" * 200, before=before)
+    assert pictures.curves("embedded") == {
+        ("zero-shot", "clean"): [(0, 75.0, 0)],
+        ("zero-shot", "PGD"): [(0, 0.0, 0)],
+        ("AdvMask", "clean"): [(2, 100.0, 0.0), (16, 0.0, 0)],
+        ("AdvMask", "PGD"): [(2, 60.0, pytest.approx(statistics.stdev([50, 70]))), (16, 0.0, 0)],
+    }
+
+
+def test_a_curve_is_of_one_training(empty, pictures):
+    plant(empty, "main", "AdvMask", "embedded", "2222")
+    plant(empty, "shots", "AdvMask, 8 shots", "embedded", "2200", optimizer="sgd")
+    (line,) = empty.read("shots")
+    del line["table"], line["row"]
+    empty.keep("earlier", "AdvMask", {**line, "after": {"outcomes": "2220"}})
+    assert pictures.curves("embedded")["AdvMask", "PGD"] == [(8, 50.0, 0), (16, 75.0, 0)]
+
+
+def test_the_marks_of_the_methods_are_the_table(empty, pictures):
+    for seed, outcomes in ((1, "2210"), (2, "2220")):
+        plant(empty, "main", "TeCoA", "embedded", outcomes, seed)
+    spread = pytest.approx(statistics.stdev([50, 75]))
+    assert pictures.marks("embedded") == {"TeCoA": ((75.0, 0.0), (62.5, spread))}
+
+
+@pytest.mark.parametrize("name", ["shots.png", "methods.png"])
+def test_pictures_are_opaque_and_white(name):
+    image = common.Image.open(RESULTS / name).convert("RGBA")
+    assert image.getchannel("A").getextrema() == (255, 255)
+    assert image.getpixel((0, 0)) == (255, 255, 255, 255)
