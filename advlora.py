@@ -416,8 +416,6 @@ def main():
     # what the adapted CLIP can do
     after = common.measure(classifier, tests, args)
     common.print_table([("zero-shot", before), ("AdvLoRA", after)], args.test_steps)
-    if args.export:
-        common.export(clip, classifier.config, args.export)
     common.save_run(
         folder,
         args,
@@ -429,6 +427,8 @@ def main():
         training_seconds=round(seconds, 1),
         seconds=round(time.time() - started, 1),
     )
+    if args.export:
+        common.export(clip, classifier.config, args.export)
     common.print_end(folder, args, started, seconds)
 
 

@@ -388,8 +388,6 @@ def main():
     # what the masked CLIP can do
     after = common.measure(classifier, tests, args)
     common.print_table([("zero-shot", before), ("AdvMask", after)], args.test_steps)
-    if args.export:
-        common.export(clip, classifier.config, args.export)
     common.save_run(
         folder,
         args,
@@ -401,6 +399,8 @@ def main():
         training_seconds=round(seconds, 1),
         seconds=round(time.time() - started, 1),
     )
+    if args.export:
+        common.export(clip, classifier.config, args.export)
     common.print_end(folder, args, started, seconds)
 
 

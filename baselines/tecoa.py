@@ -207,8 +207,6 @@ def main():
     # what the fine-tuned CLIP can do
     after = common.measure(classifier, tests, args)
     common.print_table([("zero-shot", before), ("TeCoA", after)], args.test_steps)
-    if args.export:
-        common.export(clip, classifier.config, args.export)
     common.save_run(
         folder,
         args,
@@ -219,6 +217,8 @@ def main():
         training_seconds=round(seconds, 1),
         seconds=round(time.time() - started, 1),
     )
+    if args.export:
+        common.export(clip, classifier.config, args.export)
     common.print_end(folder, args, started, seconds)
 
 

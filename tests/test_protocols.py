@@ -213,12 +213,13 @@ def unequal(method, change):
                 change(adapter)
     method.train = train_unequally
 
+common.sanity = lambda *_: []
 unequal(advmask, lambda mask: mask.M.data.zero_())
 unequal(advlora, lambda lora: lora.B.data.neg_())
 for method, arguments in ((advmask, {advmask!r}), (advlora, {advlora!r})):
     sys.argv = [method.__name__, *arguments]
     common.guard(method.main)
-    torch.distributed.destroy_process_group()
+    torch.distributed.init_process_group = lambda *_, **__: None  # the second joins the same group
 """
 
 

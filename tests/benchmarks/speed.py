@@ -91,33 +91,40 @@ def train_tecoa(net, batches, steps):
     tecoa.train(net, tecoa.attach(net.clip), batches, steps, common.TINY_EPS)
 
 
-def training(args):
-    """Print every method's step in forward passes of plain CLIP, the least of both."""
-    methods = {"AdvMask": train_advmask, "AdvLoRA": train_advlora, "TeCoA": train_tecoa}
-    plain = random_clip(args.model, args)
+def time_training(train, plain, args):
+    """-> seconds of a step of `train`, seconds of a forward pass of plain CLIP, the least of both.
+
+    Between two steps there are eight forward passes, about as long as a step.
+    """
     x, y = random_batch(plain, args.batch, args)
+    passes, steps = [], []
+
+    def turns():
+        for _ in range(args.rounds + 1):
+            began = now(args.device)
+            with torch.no_grad():
+                for _ in range(8):
+                    plain(x)
+            passes.append((now(args.device) - began) / 8)
+            # a step takes as long as train is away from here
+            began = now(args.device)
+            yield x, y
+            steps.append(now(args.device) - began)
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        train(random_clip(args.model, args), turns(), args.rounds + 1)
+    return min(steps[1:]), min(passes[1:])  # the first ones warm up
+
+
+def training(args):
+    """Print what a training step of every method costs, in forward passes of plain CLIP."""
+    plain = random_clip(args.model, args)
     print(f"training {args.model}, {args.batch} images a step")
+    methods = {"AdvMask": train_advmask, "AdvLoRA": train_advlora, "TeCoA": train_tecoa}
     for name, train in methods.items():
-        passes, steps = [], []
-
-        def turns():
-            """Batches; between two of them as many forward passes as a step is about to take."""
-            for _ in range(args.rounds + 1):
-                began = now(args.device)
-                with torch.no_grad():
-                    for _ in range(8):
-                        plain(x)
-                passes.append((now(args.device) - began) / 8)
-                began = now(args.device)
-                yield x, y
-                steps.append(now(args.device) - began)
-
-        net = random_clip(args.model, args)
-        with contextlib.redirect_stdout(io.StringIO()):
-            train(net, turns(), args.rounds + 1)
-        step, forward = min(steps[1:]), min(passes[1:])  # the first ones warm up
-        shown = f"{1000 * step:.0f} ms, of {1000 * forward:.0f} ms a forward pass"
-        print(f"a step of {name}: {shown}: {step / forward:.2f} to 1", flush=True)
+        step, forward = time_training(train, plain, args)
+        shown = f"{1000 * step:.0f} ms, a forward pass {1000 * forward:.0f} ms"
+        print(f"a step of {name} {shown}: {step / forward:.2f} to 1", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------
