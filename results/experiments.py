@@ -42,6 +42,11 @@ FEW = 500  # test images of most tables: a fixed random choice
 ADVMASK = "advmask.py"
 ADVLORA = "advlora.py"
 TECOA = "-m baselines.tecoa"
+TGAZSR = "-m baselines.tgazsr"
+ADVVP = "-m baselines.advvp"
+ADVVLP = "-m baselines.prompts --method advvlp"
+ADVMAPLE = "-m baselines.prompts --method advmaple"
+FAP = "-m baselines.prompts --method fap"
 PLAIN = "--init kaiming --no-align --no-adaptive"  # plain LoRA
 
 
@@ -216,6 +221,46 @@ def lora():
     return Table(("caltech101",), (1,), rows, 200)
 
 
+def rivals():
+    # FAP's study trains in batches of 4, without augmentation
+    study = "--published --batch-size 4 --augment none"
+    rows = {
+        "zero-shot": ZeroShot("main", "AdvMask"),
+        "AdvMask": Same("main", "AdvMask"),
+        "AdvLoRA": Same("main", "AdvLoRA"),
+        "TeCoA": Same("main", "TeCoA"),
+        "TeCoA, published": f"{TECOA} --published",
+        "TGA-ZSR": TGAZSR,
+        "TGA-ZSR, published": f"{TGAZSR} --published",
+        "AdvVP": ADVVP,
+        "AdvVP, published": f"{ADVVP} {study}",
+        "AdvVLP": ADVVLP,
+        "AdvVLP, published": f"{ADVVLP} {study}",
+        "AdvMaPLe": ADVMAPLE,
+        "AdvMaPLe, published": f"{ADVMAPLE} {study}",
+        "FAP": FAP,
+        "FAP, published": f"{FAP} {study}",
+    }
+    return Table(BOTH, SEEDS, rows, FEW)
+
+
+def rivals_val():
+    """Rates of the rivals. As many steps as AdvMask on Caltech101: 300 of 32 images."""
+    rates = {
+        "TGA-ZSR": (TGAZSR, ("1e-4", "3e-4", "1e-3")),
+        "AdvVP": (ADVVP, ("1e-2", "3e-2", "1e-1")),
+        "AdvVLP": (ADVVLP, ("1e-3", "3e-3", "1e-2")),
+        "AdvMaPLe": (ADVMAPLE, ("1e-3", "3e-3", "1e-2")),
+        "FAP": (FAP, ("1e-3", "3e-3", "1e-2")),
+    }
+    rows = {}
+    for method, (program, some) in rates.items():
+        for rate in some:
+            text = f"{program} --split val --test-steps 20 --lr {rate}"
+            rows[f"{method} --lr {rate}"] = text
+    return Table(BOTH, (1,), rows, 200)
+
+
 TABLES = {
     "main": main(),
     "zero-shot": zero_shot(),
@@ -230,6 +275,8 @@ TABLES = {
     "choices": choices(),
     "choices-embedded": choices_embedded(),
     "lora": lora(),
+    "rivals": rivals(),
+    "rivals-val": rivals_val(),
 }
 
 # The AdvMask paper, ViT-B/32, eps 1/255: table -> (what it is the mean of, {row: clean / PGD-100})
