@@ -410,7 +410,7 @@ def load_folder(root):
         files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
         if len(files) < 3:
             wanted = "expected at least 3, for train, val and test"
-            raise Fault(f"{folder} has {len(files)} images; {wanted}")
+            raise Fault(f"{folder} has too few images, {len(files)}; {wanted}")
         random.Random(0).shuffle(files)
         items = [Item(file, label, names[label]) for file in files]
         n_val = max(1, round(0.2 * len(files)))
@@ -691,7 +691,7 @@ def load_open_clip(model, pretrained):
         clip, _, _ = open_clip.create_model_and_transforms(model, pretrained=tag)
     except Exception as fault:  # open_clip raises whatever its downloaders raise
         why = f"{type(fault).__name__}: {str(fault)[:200]}"
-        instead = "without a network, give --pretrained a checkpoint file, or none"
+        instead = "without a network, give --pretrained a checkpoint file, or use --model tiny"
         raise Fault(f"could not load {model} with weights {tag!r} ({why}); {instead}")
     finally:
         logging.disable(logging.NOTSET)
@@ -1156,7 +1156,7 @@ def write(path, content):
 def run_folder(args, method):
     """A new folder <out>/<method>-<dataset>-<model>-<shots>shot-seed<seed>, -2, -3, ...
 
-    Made now, so that what cannot be written fails before the training.
+    What cannot be written fails now, before the training. `write` makes the folder again.
     """
     check_new(args.export)
     model = args.model.replace("local-dir:", "").strip("/").replace("/", "-")
@@ -1168,8 +1168,10 @@ def run_folder(args, method):
         while any(folder.glob("*")):
             n += 1
             folder = args.out / f"{name}-{n}"
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        if not processes()[0]:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+            folder.rmdir()
     except OSError as fault:
         why = fault.strerror
         raise Fault(f"cannot write to {args.out / name} ({why}); choose another folder with --out")
@@ -1227,11 +1229,16 @@ def load_adapter(path, method, needs):
 
 
 def check_model(facts, args):
-    """Raises Fault where an adapter was made for another model than the arguments name."""
+    """Raises Fault where an adapter was made for another model than the arguments name.
+
+    Prints a note where it was trained on another dataset.
+    """
     for key in ("model", "pretrained"):
         if facts[key] != getattr(args, key):
             here = getattr(args, key)
             raise Fault(f"the adapter was made with {key} {facts[key]!r}, this run has {here!r}")
+    if facts.get("dataset", args.dataset) != args.dataset:
+        print(f"note: this adapter was trained on {facts['dataset']}; --dataset is {args.dataset}")
 
 
 def adapted_classifier(facts, device, dtype):

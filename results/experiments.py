@@ -248,7 +248,7 @@ def rivals_val():
     """Rates of the rivals. As many steps as AdvMask on Caltech101: 300 of 32 images."""
     rates = {
         "TGA-ZSR": (TGAZSR, ("1e-4", "3e-4", "1e-3")),
-        "AdvVP": (ADVVP, ("1e-2", "3e-2", "1e-1")),
+        "AdvVP": (ADVVP, ("3e-3", "1e-2", "3e-2", "1e-1")),
         "AdvVLP": (ADVVLP, ("1e-3", "3e-3", "1e-2")),
         "AdvMaPLe": (ADVMAPLE, ("1e-3", "3e-3", "1e-2")),
         "FAP": (FAP, ("1e-3", "3e-3", "1e-2")),

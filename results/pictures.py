@@ -2,9 +2,9 @@
 
     python results/pictures.py    # --model and --datasets as sweep.py had them
 
-Writes results/shots.png and results/methods.png, or results/<model>/. Mean and standard deviation
-over the seeds that are there; the colours are Okabe and Ito's, which colour-blind people tell
-apart.
+Writes shots.png, methods.png and rivals.png in results/, or in results/<model>/. Mean and standard
+deviation over the seeds that are there; the colours are Okabe and Ito's and two more, which
+colour-blind people tell apart.
 """
 
 import argparse
@@ -19,8 +19,23 @@ COLOURS = {
     "AdvMask": "#0072B2",
     "AdvLoRA": "#D55E00",
     "TeCoA": "#009E73",
+    "TGA-ZSR": "#E69F00",
+    "AdvVP": "#56B4E9",
+    "AdvVLP": "#CC79A7",
+    "AdvMaPLe": "#999999",
+    "FAP": "#8B4513",
 }
-MARKS = {"zero-shot": "X", "AdvMask": "o", "AdvLoRA": "s", "TeCoA": "D"}
+MARKS = {
+    "zero-shot": "X",
+    "AdvMask": "o",
+    "AdvLoRA": "s",
+    "TeCoA": "D",
+    "TGA-ZSR": "d",
+    "AdvVP": "P",
+    "AdvVLP": "v",
+    "AdvMaPLe": "^",
+    "FAP": "*",
+}
 STYLES = {"clean": "o-", "PGD": "s--"}
 SHOTS = (1, 2, 4, 8, 16)
 
@@ -50,13 +65,13 @@ def curves(dataset, model="tiny"):
     return points
 
 
-def marks(dataset, model="tiny"):
-    """{method: ((mean, deviation) of clean, (mean, deviation) of PGD)} of the table main."""
+def marks(table, dataset, model="tiny"):
+    """{row: ((mean, deviation) of clean, (mean, deviation) of PGD)} of a table."""
     found = {}
-    for method in TABLES["main"].rows:
-        row = sweep.find("main", method, dataset, model)
+    for name in TABLES[table].rows:
+        row = sweep.find(table, name, dataset, model)
         if row is not None:
-            found[method] = spread(row.values["clean"]), spread(row.values["PGD"])
+            found[name] = spread(row.values["clean"]), spread(row.values["PGD"])
     return found
 
 
@@ -92,13 +107,19 @@ def draw_shots(datasets, model, eps):
     return figure
 
 
-def draw_methods(datasets, model, eps):
-    """Robust against clean accuracy: a mark a method, its deviation over seeds as a cross."""
+def draw_marks(table, datasets, model, eps):
+    """Robust against clean accuracy: a mark a row, its deviation over seeds as a cross.
+
+    The mark of a published recipe is hollow.
+    """
     figure, axes = panels(datasets, model, 3.2)
     for panel, dataset in zip(axes, datasets):
-        for method, (clean, robust) in marks(dataset, model).items():
+        for name, (clean, robust) in marks(table, dataset, model).items():
+            method, _, published = name.partition(", ")
             options = {"fmt": MARKS[method], "color": COLOURS[method], "capsize": 2}
-            panel.errorbar(clean[0], robust[0], robust[1], clean[1], label=method, **options)
+            if published:
+                options["markerfacecolor"] = "white"
+            panel.errorbar(clean[0], robust[0], robust[1], clean[1], label=name, **options)
         panel.set_xlabel("clean accuracy [%]")
         panel.margins(0.15)
         panel.set_ylim(bottom=0)
@@ -117,7 +138,8 @@ def main():
     eps = 3 if args.model == "tiny" else 1
     folder = sweep.file_of("main", args.model).parent
     draw_shots(args.datasets, args.model, eps).savefig(folder / "shots.png", dpi=150)
-    draw_methods(args.datasets, args.model, eps).savefig(folder / "methods.png", dpi=150)
+    for table, file in (("main", "methods.png"), ("rivals", "rivals.png")):
+        draw_marks(table, args.datasets, args.model, eps).savefig(folder / file, dpi=150)
 
 
 if __name__ == "__main__":

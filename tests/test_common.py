@@ -455,7 +455,7 @@ def test_a_classnames_txt_that_does_not_fit_is_a_fault(tmp_path, picture_folder,
 
 @pytest.mark.parametrize(
     "classes, n, words",
-    [((), 0, "0 sub-folders"), (("a",), 4, "1 sub-folders"), (("a", "b"), 2, "has 2 images")],
+    [((), 0, "0 sub-folders"), (("a",), 4, "1 sub-folders"), (("a", "b"), 2, "too few images, 2")],
 )
 def test_a_folder_with_too_little_is_a_fault(tmp_path, picture_folder, classes, n, words):
     (tmp_path / "d").mkdir()
@@ -954,9 +954,12 @@ def test_run_folders_are_numbered_and_an_empty_one_is_used_again(tmp_path):
     args = run_args(tmp_path)
     name = "m-embedded-tiny-4shot-seed1"
     for expected in (name, f"{name}-2", f"{name}-3"):
-        assert common.run_folder(args, "m") == tmp_path / "runs" / expected
-        assert common.run_folder(args, "m") == tmp_path / "runs" / expected
-        (tmp_path / "runs" / expected / "result.json").write_text("")
+        folder = tmp_path / "runs" / expected
+        assert common.run_folder(args, "m") == folder
+        assert not folder.exists(), "a run that fails leaves no folder"
+        folder.mkdir()
+        assert common.run_folder(args, "m") == folder
+        common.write(folder / "result.json", b"")
 
 
 def test_run_folders_tell_a_loaded_run_and_an_exported_model(tmp_path):
@@ -1071,6 +1074,16 @@ def test_an_adapter_made_for_another_model_is_a_fault(saved, tmp_path, key, valu
     common.check_model(facts, run_args(tmp_path))
     with pytest.raises(common.Fault, match=f"was made with {key}"):
         common.check_model(facts, run_args(tmp_path, **{key: value}))
+
+
+def test_an_adapter_on_another_dataset_is_noted(saved, tmp_path, capsys):
+    _, facts = common.load_adapter(saved[0], "m", [])
+    common.check_model(facts, run_args(tmp_path))
+    assert capsys.readouterr().out == ""
+    common.check_model(facts, run_args(tmp_path, dataset="dtd"))
+    assert capsys.readouterr().out == (
+        "note: this adapter was trained on embedded; --dataset is dtd\n"
+    )
 
 
 # ------------------------------------------------------------------------------------------------

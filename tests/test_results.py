@@ -679,10 +679,10 @@ def test_the_marks_of_the_methods_are_the_table(empty, pictures):
     for seed, outcomes in ((1, "2210"), (2, "2220")):
         plant(empty, "main", "TeCoA", "embedded", outcomes, seed)
     spread = pytest.approx(statistics.stdev([50, 75]))
-    assert pictures.marks("embedded") == {"TeCoA": ((75.0, 0.0), (62.5, spread))}
+    assert pictures.marks("main", "embedded") == {"TeCoA": ((75.0, 0.0), (62.5, spread))}
 
 
-@pytest.mark.parametrize("name", ["shots.png", "methods.png"])
+@pytest.mark.parametrize("name", ["shots.png", "methods.png", "rivals.png"])
 def test_pictures_are_opaque_and_white(name):
     image = common.Image.open(RESULTS / name).convert("RGBA")
     assert image.getchannel("A").getextrema() == (255, 255)

@@ -1155,3 +1155,52 @@ def test_a_runs_adapter_gives_the_same_outcomes_again(program, tmp_path, monkeyp
     assert first["before"] is not None and second["before"] is None
     assert second["after"] == first["after"]
     assert set(first["after"]["transfer"]) == {"new"} and "H" in first["after"]
+
+
+# Trainings of the small CLIP on the embedded data that are short, at rates that suit so few steps
+TRAINING = ("--steps", 20, "--batch-size", 16, "--test-steps", 20, "--test-limit", 40)
+FAST = {
+    "tgazsr": (),
+    "advvp": ("--lr", 3e-2),
+    "advvlp": ("--lr", 1e-2),
+    "advmaple": (),
+    "fap": ("--lr", 1e-2),
+}
+ROBUST_GAIN = 5  # points under PGD-20 that each wins at least
+
+
+@pytest.mark.numbers
+@pytest.mark.parametrize("rival", RIVALS)
+def test_training_wins_accuracy_under_pgd_20(program, tmp_path, monkeypatch, rival):
+    monkeypatch.setattr(common, "sanity", lambda *_: [])
+    name, *own = RIVALS[rival]
+    answer = program(name, *own, *TRAINING, *FAST[rival], "--out", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    result = result_of(tmp_path / "out")
+    before, after = result["before"], result["after"]
+    print(rival, before["clean"], before["pgd"], after["clean"], after["pgd"])
+    assert after["pgd"] >= before["pgd"] + ROBUST_GAIN
+    assert after["clean"] > after["pgd"]
+
+
+# what the docstrings count, on ViT-B/32
+TRAINED = {
+    "tgazsr": 87_849_216,
+    "advvp": 73_680,
+    "advvlp": 23_040,
+    "advmaple": 3_555_072,
+    "fap": 3_557_120,
+}
+
+
+@pytest.mark.parametrize("rival", RIVALS)
+def test_vit_b_32_takes_a_step(program, picture_folder, tmp_path, monkeypatch, rival):
+    monkeypatch.setattr(common, "sanity", lambda *_: [])
+    mine = ("--dataset", "folder", "--data-root", picture_folder(tmp_path / "mine", n=3))
+    few = ("--shots", 1, "--steps", 1, "--batch-size", 2, "--test-steps", 1, "--test-limit", 1)
+    name, *own = RIVALS[rival]
+    answer = program(name, *own, *mine, *few, "--pretrained", "none", "--out", tmp_path / "out")
+    assert answer.code == 0, answer.err
+    assert "224 px, eps 1/255" in answer.out
+    result = result_of(tmp_path / "out")
+    assert (result["model"], result["trained"]) == ("ViT-B-32-quickgelu", TRAINED[rival])

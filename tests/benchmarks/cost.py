@@ -20,6 +20,11 @@ RUNS = {
     "AdvLoRA": ["advlora.py"],
     "plain LoRA": ["advlora.py", "--init", "kaiming", "--no-align", "--no-adaptive"],
     "AdvMask": ["advmask.py"],
+    "TGA-ZSR": ["-m", "baselines.tgazsr"],
+    "AdvVP": ["-m", "baselines.advvp"],
+    "AdvVLP": ["-m", "baselines.prompts", "--method", "advvlp"],
+    "AdvMaPLe": ["-m", "baselines.prompts", "--method", "advmaple"],
+    "FAP": ["-m", "baselines.prompts", "--method", "fap"],
 }
 STEPS = 20
 SHORT = ["--steps", str(STEPS), "--test-steps", "1", "--test-limit", "1"]

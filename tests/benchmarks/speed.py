@@ -14,6 +14,7 @@ Things that are compared take turns for --rounds rounds, and the least time of e
 """
 
 import contextlib
+import copy
 import io
 import pathlib
 import sys
@@ -27,7 +28,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 import advlora
 import advmask
 import common
-from baselines import tecoa
+from baselines import advvp, prompts, tecoa, tgazsr
 
 PARTS = ["training", "evaluation", "attack", "layout"]
 VIT = "ViT-B-32-quickgelu"
@@ -91,6 +92,44 @@ def train_tecoa(net, batches, steps):
     tecoa.train(net, tecoa.attach(net.clip), batches, steps, common.TINY_EPS)
 
 
+def train_tgazsr(net, batches, steps):
+    original = copy.deepcopy(net)
+    tgazsr.train(net, tgazsr.attach(net.clip), batches, steps, common.TINY_EPS, original)
+
+
+def train_advvp(net, batches, steps):
+    width = net.clip.visual.transformer.width
+    prompt = advvp.VisualPrompt(net.size, round(net.size * 30 / 224), 5, width)
+    advvp.attach(net.clip, prompt.to(net.clip.logit_scale.device))
+    advvp.train(net, prompt, batches, steps, common.TINY_EPS)
+
+
+def train_prompts(method):
+    """The training of AdvVLP, AdvMaPLe or FAP, with two tokens in at most nine blocks."""
+
+    def train(net, batches, steps):
+        vision, text = net.clip.visual.transformer, net.clip.transformer
+        words = net.clip.token_embedding(net.tokens[0, 1:3])
+        depth = min(9, len(vision.resblocks), len(text.resblocks))
+        learned = prompts.Prompts(method, words, vision.width, depth)
+        prompts.attach(net.clip, learned)
+        prompts.train(net, learned, batches, steps, common.TINY_EPS, method)
+
+    return train
+
+
+METHODS = {
+    "AdvMask": train_advmask,
+    "AdvLoRA": train_advlora,
+    "TeCoA": train_tecoa,
+    "TGA-ZSR": train_tgazsr,
+    "AdvVP": train_advvp,
+    "AdvVLP": train_prompts("advvlp"),
+    "AdvMaPLe": train_prompts("advmaple"),
+    "FAP": train_prompts("fap"),
+}
+
+
 def time_training(train, plain, args):
     """-> seconds of a step of `train`, seconds of a forward pass of plain CLIP, the least of both.
 
@@ -120,8 +159,7 @@ def training(args):
     """Print what a training step of every method costs, in forward passes of plain CLIP."""
     plain = random_clip(args.model, args)
     print(f"training {args.model}, {args.batch} images a step")
-    methods = {"AdvMask": train_advmask, "AdvLoRA": train_advlora, "TeCoA": train_tecoa}
-    for name, train in methods.items():
+    for name, train in METHODS.items():
         step, forward = time_training(train, plain, args)
         shown = f"{1000 * step:.0f} ms, a forward pass {1000 * forward:.0f} ms"
         print(f"a step of {name} {shown}: {step / forward:.2f} to 1", flush=True)
