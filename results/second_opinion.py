@@ -32,9 +32,16 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import advlora
 import advmask
 import common
-from baselines import tecoa
+from baselines import advvp, prompts, tecoa, tgazsr
 
-METHODS = {"advmask": advmask, "advlora": advlora, "tecoa": tecoa}
+METHODS = {
+    "advmask": advmask,
+    "advlora": advlora,
+    "tecoa": tecoa,
+    "tgazsr": tgazsr,
+    "advvp": advvp,
+    "prompts": prompts,
+}
 # the arguments that a run brings along, unless others are given
 OWN = "dataset", "classes", "eps", "test_steps", "test_limit", "split", "batch_size", "dtype"
 TORCHATTACKS = "pip install scipy && pip install --no-deps torchattacks"
@@ -346,7 +353,10 @@ def load(args, facts, data):
     """-> the classifier that the arguments name, among the classes of `data`. Raises Fault."""
     if facts:
         classifier = METHODS[facts["method"]].load(args.load, args.device, args.dtype)
-        classifier.set_classes(data.classes, data.template)
+        template = data.template
+        if facts["method"] == "prompts":
+            template = prompts.make_room(template, int(facts["length"]))
+        classifier.set_classes(data.classes, template)
         return classifier
     clip, config = common.load_clip(args.model, args.pretrained, args.device)
     return common.Classifier(clip, config, data.classes, data.template, args.dtype)

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -12,11 +13,20 @@ import torch
 from torch import nn
 
 import common
+from baselines import prompts
 from results import second_opinion
 
 PROGRAM = "results.second_opinion"
 TINIEST = ("--steps", 1, "--batch-size", 2, "--test-steps", 2, "--test-limit", 4)
-METHODS = {"advmask": "advmask", "advlora": "advlora", "tecoa": "baselines.tecoa"}
+METHODS = {
+    "advmask": ("advmask",),
+    "advlora": ("advlora",),
+    "tecoa": ("baselines.tecoa",),
+    "tgazsr": ("baselines.tgazsr",),
+    "advvp": ("baselines.advvp",),
+    "prompts": ("baselines.prompts", "--method", "advmaple"),
+}
+NOT_EXPORTED = "advvp", "prompts"
 needs_torchattacks = pytest.mark.skipif(
     not importlib.util.find_spec("torchattacks"), reason="needs torchattacks"
 )
@@ -366,10 +376,11 @@ def read(path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_is_measured_as_it_was_and_attacked_again(program, method, tmp_path):
-    out = ("--out", tmp_path / "runs")
-    export = ("--export", tmp_path / "exported")
+    out = ["--out", tmp_path / "runs"]
+    if method not in NOT_EXPORTED:
+        out += ["--export", tmp_path / "exported"]
     base = ("--classes", "base", "--eps", "1/255")
-    assert program(METHODS[method], *TINIEST, *base, *out, *export).code == 0
+    assert program(*METHODS[method], *TINIEST, *base, *out).code == 0
     (run,) = (tmp_path / "runs").glob("*")
     made = read(run / "result.json")
 
@@ -388,11 +399,26 @@ def test_a_run_is_measured_as_it_was_and_attacked_again(program, method, tmp_pat
     for shown in ("common.evaluate", "PGD-2, step 1/255", "2 starts", f"{numbers['final']:.2f}"):
         assert shown in answer.out
 
+    if method in NOT_EXPORTED:
+        return
     # the exported network is the same
     exported = tmp_path / "exported"
     words = ("--dataset", "embedded", "--test-steps", 2, "--test-limit", 4, "--batch-size", 2)
     assert program(PROGRAM, exported, *words, *base).code == 0
     assert read(exported / "second_opinion.json")["house"]["outcomes"] == made["after"]["outcomes"]
+
+
+def test_prompts_do_not_replace_the_names_of_a_template_without_words(embedded, tmp_path):
+    clip, config = common.load_clip("tiny")
+    net = common.Classifier(clip, config, embedded.classes, "a photo of a {} texture.")
+    learned = prompts.Prompts("advvlp", torch.zeros(2, 128), 192, 4)
+    facts = {"variant": "advvlp", "length": 2, "depth": 4, "model": "tiny", "pretrained": "none"}
+    args = SimpleNamespace(**facts, dataset="dtd")
+    common.save_adapter(tmp_path, learned.state_dict(), net, args, "prompts")
+    args = SimpleNamespace(load=tmp_path, device="cpu", dtype="float32")
+    told = {"method": "prompts", "length": "2"}
+    opened = second_opinion.load(args, told, embedded._replace(template="{} texture."))
+    assert opened.template == "a photo of a {} texture."
 
 
 def test_a_name_is_attacked_zero_shot_with_every_step_size(program, tmp_path):
