@@ -21,8 +21,8 @@ With image h, frame w, n tokens of width d, 3 (h^2 - (h - 2 w)^2) + n d numbers 
 on ViT-B/32.
 
 Published are SGD, momentum 0.9, 40 as the rate, a cosine, 10 epochs, batches of 4 and no
-augmentation (--published --batch-size 4 --augment none). The default is AdamW and 1e-2
-(our choice, not yet compared with others on val).
+augmentation (--published --batch-size 4 --augment none). The default is AdamW with 1e-2
+(our choice, on val: results/CHOICES.md).
 """
 
 import math

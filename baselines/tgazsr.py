@@ -20,8 +20,8 @@ were published for the former.
 
 The paper trains with SGD, momentum 0.9, no weight decay, 1e-4, in batches of 128, 10 epochs of a
 whole data set (--published, with the batches of --batch-size). The default is AdamW
-and 3e-4, TeCoA's on the small CLIP (our choice, not yet compared with others on val). The number of
-trained parameters is the image tower's: 87,849,216 on ViT-B/32.
+with 3e-4 (our choice, on val: results/CHOICES.md). The number of trained parameters is the image
+tower's: 87,849,216 on ViT-B/32.
 """
 
 import copy

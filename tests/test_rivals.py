@@ -1031,6 +1031,7 @@ def test_by_default_a_run_has_100_steps_and_prompts_fit_the_small_clip(run, riva
         assert finished.result["frame"] == 9 and finished.result["trained"] == 6900
     if rival in METHODS:
         assert finished.result["depth"] == 4 and call["prompts"].depth == 4
+        assert call["lr"] == {"advvlp": 3e-3, "advmaple": 3e-3, "fap": 1e-2}[rival]
     else:
         assert call["lr"] == signature.parameters["lr"].default
 
@@ -1066,6 +1067,7 @@ FAULTS = [
     ("fap", ("--length", "5"), ["--length", "4"]),
     ("advvlp", ("--export", "x"), ["--export", "--load"]),
     ("advmaple", ("--depth", "0"), ["--depth", "at least 1"]),
+    ("advmaple", ("--depth", "5"), ["--depth 5", "at most 4"]),
 ]
 
 
