@@ -28,10 +28,11 @@ all captions of the test set, and raises
 by PGD with steps of 1/255 from a random start. The iterate of the highest loss counts. A run of
 PGD-100 passes through PGD-20 on its way, so both cost what the longer one does.
 
-By default 200 of the 1,000 test images are attacked, a fixed random choice, to save time. They are searched among all 5,000 captions. The other way, their own captions are
-searched among all 1,000 images, of which the attacked 200 are attacked and the others as they are.
-The clean numbers are of the same images and captions. Ties count against us. Captions that are too
-long for the text tower are cut, as in its pre-training.
+By default 200 of the 1,000 test images are attacked, a fixed random choice, to save time. They are
+searched among all 5,000 captions. The other way, their own captions are searched among all 1,000
+images, of which the attacked 200 are attacked and the others as they are. The clean numbers are of
+the same images and captions. Ties count against us. Captions that are too long for the text tower
+are cut, as in its pre-training.
 """
 
 import argparse
