@@ -15,7 +15,8 @@ https://arxiv.org/abs/2403.14774. This is an independent implementation.
 CLIP is frozen. v, 30 pixels wide at an image of 224, is added to the image after CLIP's own
 normalisation; on other sizes its width is 30/224 of the image's, rounded: 9 on the small CLIP. u
 are 5 tokens that stand behind those of the patches. Both belong to the network: every attack sees
-them. v starts at 0 and u at N(0, 0.02^2) (our choice), so at first nearly nothing is changed.
+them. v starts at 0 and u at N(0, 0.02^2) (our choice). The first block's norm stretches u to full
+size, so a fresh prompt changes some answers already: notebook 6 counts them.
 
 With image h, frame w, n tokens of width d, 3 (h^2 - (h - 2 w)^2) + n d numbers are trained: 73,680
 on ViT-B/32.

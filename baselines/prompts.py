@@ -22,8 +22,8 @@ the text tower, v_l in the image tower. The methods differ in where these come f
 F_l and G_l are linear maps with a bias, z the image's features, P the class probabilities, ~ marks
 the attacked image. The t stand at the places 1..n, behind the start token, in place of the
 template's first words, with which t_1 starts; class names and the rest stay. The v stand behind the
-patches and have no position. Published are n = 2 and 9 blocks of 12; the small CLIP has 4 text
-blocks, so prompts stand in front of 4 (our choice).
+patches and have no position; the last ones stay through the blocks that follow. Published are n = 2
+and 9 blocks of 12; the small CLIP has 4 text blocks, so prompts stand in front of 4 (our choice).
 
 Trained on ViT-B/32, with n tokens, L blocks, and widths d_t = 512 and d_v = 768: AdvVLP
 L n (d_t + d_v) = 23,040; AdvMaPLe L (n d_t + d_t d_v + d_v) = 3,555,072; FAP
@@ -241,9 +241,9 @@ def train(
 
     classifier: pixels in [0, 1] -> logits, in eval mode, with the prompts in it;
     classifier.encode_classes() gives its text features, classifier.text holds them. method: advvlp
-    and advmaple have the same loss, fap another. lam: the weight of FAP's second term. published:
-    SGD with momentum 0.9 and weight decay 5e-4, the first `warmup` steps at a rate of 1e-5, else
-    AdamW without weight decay.
+    and advmaple have the same loss, fap another. lr: RATES has the program's. lam: the weight of
+    FAP's second term. published: SGD with momentum 0.9 and weight decay 5e-4, the first `warmup`
+    steps at a rate of 1e-5, else AdamW without weight decay.
     """
     started = time.time()
     weights = list(prompts.parameters())

@@ -17,6 +17,7 @@ NAMES = [
     "3_lafa",
     "4_advlora",
     "5_trusting_robust_numbers",
+    "6_rivals",
 ]
 PATHS = sorted(FOLDER.glob("*.ipynb"))
 each = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
