@@ -1,13 +1,15 @@
 """What do a training step and its memory cost beside full adversarial fine-tuning?
 
     python tests/benchmarks/cost.py                        # the small CLIP, embedded data
-    python tests/benchmarks/cost.py --model ViT-B-32-quickgelu --pretrained none --batch-size 8
+    python tests/benchmarks/cost.py --rounds 1 --steps 3 --model ViT-B-32-quickgelu \\
+        --pretrained none --batch-size 8                   # random weights
 
-Every program trains 20 steps in a process of its own, in turns for three rounds; the least of three
+Every program trains --steps steps in a process of its own, in turns for --rounds rounds; the least
 counts. Unlike speed.py this counts all of a training: augmentation, and the memory of the process.
 More arguments go to every program.
 """
 
+import argparse
 import json
 import pathlib
 import subprocess
@@ -26,14 +28,13 @@ RUNS = {
     "AdvMaPLe": ["-m", "baselines.prompts", "--method", "advmaple"],
     "FAP": ["-m", "baselines.prompts", "--method", "fap"],
 }
-STEPS = 20
-SHORT = ["--steps", str(STEPS), "--test-steps", "1", "--test-limit", "1"]
+SHORT = ["--test-steps", "1", "--test-limit", "1"]
 
 
-def run(words):
-    """Run a program -> seconds of its training, MiB of its process."""
+def run(words, more):
+    """Run a program with more arguments -> seconds of its training, MiB of its process."""
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, *words, *SHORT, *sys.argv[1:], "--out", out]
+        command = [sys.executable, *words, *SHORT, *more, "--out", out]
         subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
         (file,) = pathlib.Path(out).glob("*/result.json")
         result = json.loads(file.read_text())
@@ -41,18 +42,23 @@ def run(words):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=3, help="the least of so many counts")
+    parser.add_argument("--steps", type=int, default=20, help="training steps of every program")
+    args, more = parser.parse_known_args()
+    more += ["--steps", str(args.steps)]
     seconds = {name: [] for name in RUNS}
     memory = {name: [] for name in RUNS}
-    for _ in range(3):
+    for _ in range(args.rounds):
         for name, words in RUNS.items():
-            took, mib = run(words)
+            took, mib = run(words, more)
             seconds[name].append(took)
             memory[name].append(mib)
     print("| run | ms a step | of TeCoA | MiB of the process |\n|---|---|---|---|")
     for name in RUNS:
         least = min(seconds[name])
         share = 100 * least / min(seconds["TeCoA"])
-        print(f"| {name} | {1000 * least / STEPS:.0f} | {share:.0f} % | {min(memory[name])} |")
+        print(f"| {name} | {1000 * least / args.steps:.0f} | {share:.0f} % | {min(memory[name])} |")
 
 
 if __name__ == "__main__":
