@@ -506,7 +506,7 @@ FAULTS = {
     "data below a file": (data_below_a_file, ["file/data"]),
     "no folder": ((*FOLDER, "/nonexistent/data"), ["/nonexistent/data", "sub-folder"]),
     "one sub-folder": (one_sub_folder, ["1 sub-folders", "at least 2"]),
-    "two images": (two_images, ["cat has 2 images", "at least 3"]),
+    "two images": (two_images, ["cat has too few images, 2;", "at least 3"]),
     "corrupt image": (corrupt_image, ["1.png", "cannot be read"]),
     "three names for two": (three_names_for_two, ["classnames.txt names 3", "2 sub-folders"]),
     "names not in UTF-8": (names_in_latin_1, ["classnames.txt", "UTF-8"]),
