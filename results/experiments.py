@@ -258,6 +258,8 @@ def rivals_val():
         for rate in some:
             text = f"{program} --split val --test-steps 20 --lr {rate}"
             rows[f"{method} --lr {rate}"] = text
+    for own in ("--published", "--published --batch-size 4 --augment none"):
+        rows[f"AdvVP {own}"] = f"{ADVVP} --split val --test-steps 20 {own}"
     return Table(BOTH, (1,), rows, 200)
 
 
