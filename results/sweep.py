@@ -406,7 +406,7 @@ def table(name, model="tiny", datasets=()):
 
 
 def short_table():
-    """The table of the README: every method at its best, a pair of columns for every dataset."""
+    """The table of the README: each method by its defaults, a pair of columns for each dataset."""
     head = ["method", "numbers trained"]
     for dataset in BOTH:
         head += [f"{dataset}: clean", "PGD-100"]

@@ -154,6 +154,20 @@ def test_the_output_in_the_readme_is_that_of_a_run():
         assert shown == pytest.approx(expected, abs=0.06)
 
 
+def test_what_was_found_is_what_the_table_shows():
+    def numbers(method):
+        (row,) = re.findall(rf"^\| {method} \|(.*)\|$", README, re.MULTILINE)
+        return [float(cell.split()[0]) for cell in row.split("|")[1:3]]
+
+    text = " ".join(README.split())
+    clean, robust = numbers("AdvMask")
+    clean_fap, robust_fap = numbers("FAP")
+    assert f"it is {robust - robust_fap:.0f} points above FAP under PGD" in text
+    assert f"and {clean_fap - clean:.0f} below in clean accuracy" in text
+    _, robust_tecoa = numbers("TeCoA")
+    assert f"TeCoA is {robust_tecoa - robust:.0f} above AdvMask" in text
+
+
 def test_the_table_of_memory_is_what_the_command_prints():
     command = [sys.executable, str(HERE / "results" / "memory.py")]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
