@@ -221,6 +221,18 @@ def lora():
     return Table(("caltech101",), (1,), rows, 200)
 
 
+def attempts():
+    """What might cost less clean accuracy: no augmentation, for all alike, and AdvMask's update."""
+    rows = {}
+    for method, program in (("AdvMask", ADVMASK), ("AdvLoRA", ADVLORA), ("TeCoA", TECOA)):
+        for row, text in on_val(program, "", ("--augment none",)).items():
+            rows[f"{method} {row}"] = text
+    update = on_val(ADVMASK, "", ("--attempt matrix", "--attempt debias", "--attempt late"))
+    for row in list(update)[1:]:
+        rows[f"AdvMask {row}"] = update[row]
+    return Table(BOTH, SEEDS, rows, FEW)
+
+
 def rivals():
     # FAP's study trains in batches of 4, without augmentation
     study = "--published --batch-size 4 --augment none"
@@ -285,6 +297,7 @@ TABLES = {
     "choices": choices(),
     "choices-embedded": choices_embedded(),
     "lora": lora(),
+    "attempts": attempts(),
     "rivals": rivals(),
     "rivals-val": rivals_val(),
     "rivals-steps": rivals_steps(),
