@@ -214,9 +214,7 @@ def share_off(masks):
 # ------------------------------------------------------------------------------------------------
 
 
-def train(
-    classifier, masks, batches, steps, eps, loss="lafa", lam=50, budget=1.5, attempt="none"
-):
+def train(classifier, masks, batches, steps, eps, loss="lafa", lam=50, budget=1.5):
     """Train the masks {name: BinaryMask} in place. batches yields (x, y) `steps` times.
 
     classifier: pixels in [0, 1] -> logits, in eval mode, with the masks in it. loss and lam: the
@@ -254,16 +252,9 @@ def train(
         # 5. v <- 0.9 v + 0.1 g / rms(g) from v = 0, then M <- M - gamma_t v
         rms = nn.utils.get_total_norm(gradients) / math.sqrt(entries)  # one number for all masks
         with torch.no_grad():
-            for m, v_m, g, mask in zip(M, v, gradients, masks.values()):
-                if attempt == "matrix":  # one number for every matrix
-                    rms = g.square().mean().sqrt()
+            for m, v_m, g in zip(M, v, gradients):
                 v_m.mul_(0.9).add_(0.1 * g / rms.clamp(min=1e-12))
-                move = gamma[t].item() * v_m
-                if attempt == "debias":  # the mean of the gradients so far, from the first step on
-                    move = move / (1 - 0.9 ** (t + 1))
-                if attempt == "late" and t >= 0.8 * steps:  # entries far from alpha rest
-                    move = move * ((m - mask.alpha).abs() < way / 10)
-                m.sub_(move)
+                m.sub_(gamma[t].item() * v_m)
 
         if (t + 1) % 50 == 0 or t + 1 == steps:
             right = 100 * (logits_adv.argmax(1) == y).float().mean()
@@ -347,8 +338,6 @@ def arguments():
     add("--steps", type=common.at_least(1), help=steps)
     budget = "flip budget, sets the rate; default steps / 100, within 1.5 and 3 (our choice)"
     add("--budget", type=common.at_least(0, float), help=budget)
-    attempts = ["none", "matrix", "debias", "late"]
-    add("--attempt", default="none", choices=attempts, help="another update of M, to be compared")
     return parser
 
 
@@ -385,8 +374,7 @@ def main():
             images, classifier.size, args.batch_size, args.steps, args.augment, args.device
         )
         began = time.time()
-        how = (args.steps, args.eps, args.loss, args.lam, args.budget, args.attempt)
-        train(classifier, masks, batches, *how)
+        train(classifier, masks, batches, args.steps, args.eps, args.loss, args.lam, args.budget)
         seconds = time.time() - began
         common.save_adapter(folder, pack(masks), classifier, args, "advmask")
         merge(clip, masks)
