@@ -84,9 +84,9 @@ def keep(table, row, result, model="tiny"):
         write_lines(file_of(table, model), lines)
 
 
-def write_lines(file, lines):
+def write_lines(file, lines, order=identity):
     """Write a file of lines in their order, whole or not at all."""
-    lines.sort(key=identity)
+    lines.sort(key=order)
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
@@ -508,7 +508,8 @@ def main():
         sweep(everything, data_root, args.jobs, args.model)
 
 
-if __name__ == "__main__":
+def guard(main):
+    """Run a program and exit, with one sentence and code 2 where it is refused or interrupted."""
     try:
         main()
         sys.exit(0)
@@ -518,3 +519,7 @@ if __name__ == "__main__":
         sentence = "interrupted; the same command goes on where it was"
     print(f"error: {sentence}", file=sys.stderr)
     sys.exit(2)
+
+
+if __name__ == "__main__":
+    guard(main)

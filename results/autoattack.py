@@ -1,0 +1,119 @@
+"""AutoAttack on every method of the table rivals, a line a run in autoattack.jsonl, and its table.
+
+    python results/autoattack.py --data-root DATA           # what is missing; 1 to 20 minutes a run
+    python results/autoattack.py --data-root DATA --list    # only print the missing commands
+    python results/autoattack.py --write                    # put the table into RESULTS.md
+
+It takes the adapters that `python results/sweep.py main rivals` left in runs/sweep, of the first
+seed and the embedded data, and lets results/second_opinion.py attack 200 images with PGD-100 to its
+end and with AutoAttack. A line is that program's answer. All are the small CLIP's.
+"""
+
+import argparse
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(HERE))
+import sweep
+from experiments import TABLES, Same
+
+FILE = HERE / "autoattack.jsonl"
+PAGE = HERE / "RESULTS.md"
+DATASET, SEED, IMAGES = "embedded", 1, 200
+ATTACKS = "APGD-CE", "APGD-T", "FAB-T", "Square"
+START, END = "<!-- autoattack -->\n", "\n<!-- end -->"
+
+
+def read():
+    """The lines -> {row of the table rivals: line}."""
+    lines = {}
+    if FILE.exists():
+        for line in FILE.read_text().splitlines():
+            line = json.loads(line)
+            lines[line["row"]] = line
+    return lines
+
+
+def keep(row, file):
+    """Keep an answer of second_opinion.py as the line of this row."""
+    lines = read()
+    lines[row] = {"row": row, **sweep.shorten(json.loads(file.read_text()))}
+    order = list(TABLES["rivals"].rows).index
+    sweep.write_lines(FILE, list(lines.values()), lambda line: order(line["row"]))
+
+
+def adapter(row):
+    """What second_opinion.py is to attack. Raises Refused where a run has not left its adapter."""
+    if row == "zero-shot":
+        return "tiny"
+    source = TABLES["rivals"].rows[row]
+    table, name = source if isinstance(source, Same) else ("rivals", row)
+    for run in sweep.runs([table]):
+        if (run.row, run.dataset, run.seed) == (name, DATASET, SEED):
+            for file in run.folder.glob("*/adapter.safetensors"):
+                return str(file.parent)
+            command = shlex.join(sweep.full_command(run, "DATA", "python"))
+            raise sweep.Refused(f"{row} has no adapter in {run.folder}; make it with: {command}")
+
+
+def missing():
+    """The rows that have no line yet: every method by its defaults."""
+    have = read()
+    rows = []
+    for row in TABLES["rivals"].rows:
+        if row not in have and not row.endswith(", published"):
+            rows.append(row)
+    return rows
+
+
+def table():
+    """The table as Markdown: % of the 200 images that are right."""
+    head = ["run", "clean", "PGD-100, final", "PGD-100, best", *ATTACKS]
+    body = []
+    for row, line in read().items():
+        answer = line["autoattack"]
+        (pgd,) = line["pgd"]
+        values = [line["clean"], pgd["final"], pgd["best"], *(answer[name] for name in ATTACKS)]
+        body.append([row, *(f"{value:.1f}" for value in values)])
+    return sweep.markdown(head, body)
+
+
+def fill(text):
+    """The page with the table between its markers."""
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    return before + start + table() + end + after
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--list", action="store_true", help="print the commands of what is missing")
+    add("--write", action="store_true", help="put the table into RESULTS.md")
+    add("--data-root", type=pathlib.Path, default=pathlib.Path("data"), help="folder of the data")
+    args = parser.parse_args()
+    if args.write:
+        PAGE.write_text(fill(PAGE.read_text()))
+        return
+    for row in missing():
+        out = ROOT / "runs" / "autoattack" / sweep.file_name(row)
+        words = ["python", "results/second_opinion.py", adapter(row)]
+        words += ["--test-limit", str(IMAGES), "--autoattack", str(IMAGES)]
+        words += ["--data-root", str(args.data_root.resolve()), "--out", str(out)]
+        print(shlex.join(words), flush=True)
+        if args.list:
+            continue
+        ended = subprocess.run([sys.executable, *words[1:]], cwd=ROOT)
+        if ended.returncode:
+            raise sweep.Refused(f"{row} failed: see above")
+        # of several answers in the folder the newest
+        keep(row, max(out.glob("second_opinion*.json"), key=lambda file: file.stat().st_mtime))
+
+
+if __name__ == "__main__":
+    sweep.guard(main)

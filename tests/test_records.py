@@ -1,0 +1,188 @@
+"""What results/run_examples.py and results/autoattack.py keep, and the tables they draw of it."""
+
+import importlib
+import json
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+import common
+
+HERE = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = HERE / "results"
+PAGE = (RESULTS / "RESULTS.md").read_text()
+
+
+@pytest.fixture(params=["run_examples", "autoattack"])
+def script(request, monkeypatch):
+    monkeypatch.syspath_prepend(RESULTS)
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture
+def examples(monkeypatch, tmp_path):
+    """The module results/run_examples.py, with no lines yet."""
+    monkeypatch.syspath_prepend(RESULTS)
+    module = importlib.import_module("run_examples")
+    monkeypatch.setattr(module, "FILE", tmp_path / "examples.jsonl")
+    return module
+
+
+@pytest.fixture
+def autoattack(monkeypatch, tmp_path):
+    """The module results/autoattack.py, with no lines and no runs yet."""
+    monkeypatch.syspath_prepend(RESULTS)
+    module = importlib.import_module("autoattack")
+    monkeypatch.setattr(module, "FILE", tmp_path / "autoattack.jsonl")
+    monkeypatch.setattr(module.sweep, "ROOT", tmp_path)
+    return module
+
+
+def test_the_page_shows_the_tables_that_the_lines_give(script):
+    assert PAGE == script.fill(PAGE), f"run python results/{script.__name__}.py --write"
+    if script.__name__ == "autoattack":
+        assert script.START in PAGE
+    else:
+        shown = set(re.findall("<!-- example (.*) -->", PAGE))
+        assert shown == set(script.tables()), "every example that has runs has its place"
+
+
+def test_every_key_of_a_line_is_explained(script):
+    explained = set(re.findall(r"`(\w+)`", (RESULTS / "README.md").read_text()))
+    lines = script.read()
+    for line in lines.values() if isinstance(lines, dict) else lines:
+        assert set(line) <= explained, set(line) - explained
+
+
+# ------------------------------------------------------------------------------------------------
+# The examples
+# ------------------------------------------------------------------------------------------------
+
+
+def backdoor(folder, success, seed=1, dataset="embedded", poisoned_shots=False):
+    """The folder of a finished run of examples/backdoor.py."""
+    row = {"success": success, "no_patch": 1.0, "clean": 60.0, "pgd": 20.0}
+    facts = {"method": "backdoor", "dataset": dataset, "poisoned_shots": poisoned_shots}
+    facts |= {"seed": seed, "test_steps": 100, "rows": {"zero-shot": row}}
+    folder.mkdir(exist_ok=True)
+    (folder / "result.json").write_text(json.dumps(facts))
+    return folder
+
+
+def retrieval(folder):
+    """The folder of a finished run of examples/retrieval.py."""
+    recalls = {"R@1": 10.0, "R@5": 20.0, "R@10": 30.0}
+    under_attack = {"R@1": 1.0, "R@5": 2.0, "R@10": 3.0}
+    row = {"clean": {"image_to_text": recalls, "text_to_image": recalls}, "trained": 1234}
+    row["pgd"] = {"20": {"image_to_text": under_attack, "text_to_image": recalls}}
+    folder.mkdir(exist_ok=True)
+    facts = {"method": "retrieval", "seed": 1, "rows": {"AdvLoRA": row}}
+    (folder / "result.json").write_text(json.dumps(facts))
+    return folder
+
+
+def test_the_table_has_mean_and_deviation_over_seeds(examples, tmp_path):
+    for seed, success in ((1, 10.0), (2, 30.0)):
+        examples.keep(backdoor(tmp_path / "run", success, seed))
+    examples.keep(backdoor(tmp_path / "run", 50.0, dataset="caltech101", poisoned_shots=True))
+    found = examples.tables()
+    assert list(found) == ["backdoor, embedded", "poisoned shots, caltech101"]
+    assert "| zero-shot | 20.0 ± 14.1 | 1.0 ± 0.0 | 60.0 ± 0.0 |" in found["backdoor, embedded"]
+    assert "Seeds: 2." in found["backdoor, embedded"]
+    assert "| zero-shot | 50.0 |" in found["poisoned shots, caltech101"]
+
+
+def test_the_table_of_retrieval_has_both_directions_under_every_attack(examples, tmp_path):
+    examples.keep(retrieval(tmp_path / "run"))
+    table = examples.tables()["retrieval"]
+    assert "| AdvLoRA | 1,234 | none | 10.0 | 20.0 | 30.0 | 10.0 | 20.0 | 30.0 |" in table
+    assert "| AdvLoRA | 1,234 | PGD-20 | 1.0 | 2.0 | 3.0 | 10.0 | 20.0 | 30.0 |" in table
+
+
+def test_a_run_takes_the_place_of_its_line_and_of_no_other(examples, tmp_path):
+    examples.keep(backdoor(tmp_path / "run", 10.0))
+    examples.keep(backdoor(tmp_path / "run", 20.0, seed=2))
+    examples.keep(backdoor(tmp_path / "run", 30.0))
+    lines = examples.read()
+    assert [(line["seed"], line["rows"]["zero-shot"]["success"]) for line in lines] == [
+        (1, 30.0),
+        (2, 20.0),
+    ]
+
+
+def test_what_is_no_run_of_an_example_is_refused(examples, tmp_path):
+    with pytest.raises(examples.sweep.Refused, match="no result.json"):
+        examples.keep(tmp_path)
+    (tmp_path / "result.json").write_text('{"method": "advmask"}')
+    with pytest.raises(examples.sweep.Refused, match="advmask is no example's"):
+        examples.keep(tmp_path)
+
+
+def test_every_missing_run_is_a_command_that_its_program_takes(examples, tmp_path):
+    examples.keep(backdoor(tmp_path / "run", 10.0))
+    commands = examples.missing("photos")
+    assert len(commands) == 3 * len(examples.EXAMPLES) - 1
+    folders = set()
+    for (name, seed), (python, program, *words) in commands.items():
+        module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
+        args = common.parse(module.arguments(), words)
+        result = {"method": module.__name__.rpartition(".")[2], **vars(args)}
+        assert (examples.name_of(result), args.seed, python) == (name, seed, "python")
+        folders.add(args.out)
+    assert len(folders) == len(commands)
+
+
+# ------------------------------------------------------------------------------------------------
+# AutoAttack
+# ------------------------------------------------------------------------------------------------
+
+
+def answer(file, robust):
+    """What second_opinion.py --autoattack leaves."""
+    attacks = {"APGD-CE": robust + 3, "APGD-T": robust + 2, "FAB-T": robust + 1, "Square": robust}
+    pgd = [{"final": robust + 5, "best": robust + 4}]
+    file.write_text(json.dumps({"clean": 80.0, "pgd": pgd, "autoattack": attacks}))
+    return file
+
+
+def test_the_table_has_a_row_for_every_answer_in_the_order_of_the_rivals(autoattack, tmp_path):
+    autoattack.keep("FAP", answer(tmp_path / "second_opinion.json", 1.0))
+    autoattack.keep("zero-shot", answer(tmp_path / "second_opinion.json", 0.0))
+    autoattack.keep("FAP", answer(tmp_path / "second_opinion.json", 10.0))
+    first, second = autoattack.table().splitlines()[2:]
+    assert first.startswith("| zero-shot | 80.0 |")
+    assert second == "| FAP | 80.0 | 15.0 | 14.0 | 13.0 | 12.0 | 11.0 | 10.0 |"
+    assert set(autoattack.missing()) == {
+        "AdvMask",
+        "AdvLoRA",
+        "TeCoA",
+        "TGA-ZSR",
+        "AdvVP",
+        "AdvVLP",
+        "AdvMaPLe",
+    }
+
+
+def test_a_run_without_an_adapter_is_refused_with_the_command_that_makes_it(autoattack, tmp_path):
+    with pytest.raises(autoattack.sweep.Refused, match="python advmask.py .* --seed 1"):
+        autoattack.adapter("AdvMask")
+    for row, folder in (("AdvMask", "main/embedded~AdvMask~1"), ("FAP", "rivals/embedded~FAP~1")):
+        run = tmp_path / "runs" / "sweep" / "tiny" / folder / "run"
+        run.mkdir(parents=True)
+        (run / "adapter.safetensors").write_bytes(b"")
+        assert autoattack.adapter(row) == str(run)
+    assert autoattack.adapter("zero-shot") == "tiny"
+
+
+def test_the_commands_are_listed(script):
+    command = [sys.executable, RESULTS / f"{script.__name__}.py", "--list"]
+    listed = subprocess.run(command, capture_output=True, text=True)
+    for line in listed.stdout.splitlines():
+        python, program, *_ = shlex.split(line)
+        assert python == "python" and (HERE / program).exists()
+    if listed.returncode:
+        assert "has no adapter" in listed.stderr and "Traceback" not in listed.stderr
