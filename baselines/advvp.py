@@ -23,8 +23,8 @@ on ViT-B/32.
 
 Published are SGD, momentum 0.9, 40 as the rate, a cosine, 10 epochs, batches of 4 and no
 augmentation (--published --batch-size 4 --augment none). The default is AdamW with 1e-2
-(our choice, the best of AdamW's rates on val). On the small CLIP the published recipe is more robust
-on the embedded data, and breaks the model on Caltech101: results/CHOICES.md.
+(our choice, the best of AdamW's rates on val). On the small CLIP the published recipe is more
+robust on the embedded data, but breaks the model on Caltech101: results/CHOICES.md.
 """
 
 import math

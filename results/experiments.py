@@ -47,6 +47,16 @@ ADVVP = "-m baselines.advvp"
 ADVVLP = "-m baselines.prompts --method advvlp"
 ADVMAPLE = "-m baselines.prompts --method advmaple"
 FAP = "-m baselines.prompts --method fap"
+METHODS = {
+    "AdvMask": ADVMASK,
+    "AdvLoRA": ADVLORA,
+    "TeCoA": TECOA,
+    "TGA-ZSR": TGAZSR,
+    "AdvVP": ADVVP,
+    "AdvVLP": ADVVLP,
+    "AdvMaPLe": ADVMAPLE,
+    "FAP": FAP,
+}
 PLAIN = "--init kaiming --no-align --no-adaptive"  # plain LoRA
 
 
@@ -96,13 +106,13 @@ def controls():
 
 def shots():
     rows = {"zero-shot": ZeroShot("main", "AdvMask")}
-    for method, program in (("AdvMask", ADVMASK), ("AdvLoRA", ADVLORA)):
+    for method, program in (("AdvMask", ADVMASK), ("AdvLoRA", ADVLORA), ("FAP", FAP)):
         rows[f"{method}, 1 shot"] = f"{program} --shots 1"
         for k in (2, 4, 8):
             rows[f"{method}, {k} shots"] = f"{program} --shots {k}"
         if method == "AdvMask":
             rows["AdvMask, 16 shots, earlier"] = Same("earlier", "AdvMask")
-        rows[f"{method}, 16 shots"] = Same("main", method)
+        rows[f"{method}, 16 shots"] = Same("rivals" if method == "FAP" else "main", method)
     return Table(BOTH, SEEDS, rows, FEW)
 
 
@@ -141,20 +151,16 @@ def losses():
 
 
 def base_to_new():
-    rows = {
-        "zero-shot": ZeroShot("base-to-new", "AdvMask"),
-        "AdvMask": f"{ADVMASK} --classes base --transfer new",
-        "AdvLoRA": f"{ADVLORA} --classes base --transfer new",
-    }
+    rows = {"zero-shot": ZeroShot("base-to-new", "AdvMask")}
+    for method, program in METHODS.items():
+        rows[method] = f"{program} --classes base --transfer new"
     return Table(BOTH, SEEDS, rows, FEW)
 
 
 def transfer():
-    rows = {
-        "zero-shot": ZeroShot("transfer", "AdvMask"),
-        "AdvMask": f"{ADVMASK} --transfer {{targets}}",
-        "AdvLoRA": f"{ADVLORA} --transfer {{targets}}",
-    }
+    rows = {"zero-shot": ZeroShot("transfer", "AdvMask")}
+    for method in ("AdvMask", "AdvLoRA", "TeCoA", "TGA-ZSR", "FAP"):
+        rows[method] = f"{METHODS[method]} --transfer {{targets}}"
     return Table(("tiny_imagenet",), SEEDS, rows, FEW)
 
 
@@ -332,9 +338,21 @@ PUBLISHED = {
         {
             "zero-shot": "base 66.9 / 3.4, new 71.5 / 3.8, H 6.9",
             "AdvMask": "base 69.5 / 43.6, new 50.2 / 26.1, H 41.9",
+            "AdvVP": "base 31.7 / 14.4, new 30.4 / 13.4, H 19.2",
+            "AdvVLP": "base 59.0 / 32.4, new 46.9 / 21.6, H 34.6",
+            "AdvMaPLe": "base 60.4 / 30.7, new 46.2 / 20.3, H 33.3",
+            "FAP": "base 70.5 / 38.0, new 49.6 / 21.9, H 37.6",
         },
     ),
-    "transfer": ("mean of 11 unseen", {"zero-shot": "61.9 / 2.7", "AdvMask": "42.0 / 19.4"}),
+    "transfer": (
+        "mean of 11 unseen",
+        {
+            "zero-shot": "61.9 / 2.7",
+            "AdvMask": "42.0 / 19.4",
+            "TGA-ZSR": "41.3 / 13.0",
+            "FAP": "36.0 / 16.8",
+        },
+    ),
 }
 
 

@@ -484,7 +484,7 @@ def test_listed_commands_run_in_the_repository(stubs, tmp_path):
 
 def test_the_job_array_runs_one_command_a_task_and_none_twice(stubs, tmp_path):
     assert stubs("transfer", "--slurm", "jobs.sh").returncode == 0
-    assert "#SBATCH --array=0-5\n" in (tmp_path / "jobs.sh").read_text()
+    assert "#SBATCH --array=0-14\n" in (tmp_path / "jobs.sh").read_text()
     environment = {**os.environ, "SLURM_ARRAY_TASK_ID": "4"}
     for _ in range(2):
         subprocess.run(["bash", tmp_path / "jobs.sh"], cwd="/", env=environment, check=True)
@@ -493,7 +493,7 @@ def test_the_job_array_runs_one_command_a_task_and_none_twice(stubs, tmp_path):
     assert stubs("transfer", "--take").returncode == 0
     assert kept(tmp_path, "transfer") == [("tiny_imagenet", "AdvLoRA", 2)]
     assert stubs("transfer", "--slurm", "jobs.sh").returncode == 0
-    assert "#SBATCH --array=0-4\n" in (tmp_path / "jobs.sh").read_text()
+    assert "#SBATCH --array=0-13\n" in (tmp_path / "jobs.sh").read_text()
 
 
 def test_an_unknown_table_and_an_empty_array_are_one_sentence(stubs, tmp_path):
