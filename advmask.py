@@ -221,7 +221,7 @@ def train(classifier, masks, batches, steps, eps, loss="lafa", lam=50, budget=1.
     second term of L_mask and its weight, lambda. The paper says M <- M - gamma dL/dM_bin; that
     gradients are divided by their root mean square, averaged over steps, and that gamma falls by a
     cosine is our choice. budget, the flip budget, is the sum of all gamma in units of init - alpha:
-    below 1, no weight whose gradient is of average size can be switched off.
+    an entry whose gradient is always of average size goes off in the end if it is 1 or more.
     """
     started = time.time()
     M = [mask.M for mask in masks.values()]
@@ -249,12 +249,14 @@ def train(classifier, masks, batches, steps, eps, loss="lafa", lam=50, budget=1.
         # 4. the gradient of M alone: that of M_bin, straight-through, by BinaryMask.forward
         gradients = torch.autograd.grad(objective, M)
 
-        # 5. v <- 0.9 v + 0.1 g / rms(g) from v = 0, then M <- M - gamma_t v
+        # 5. v <- 0.9 v + 0.1 g / rms(g) from v = 0, then M <- M - gamma_t v / (1 - 0.9^(t + 1)):
+        # so divided, as Adam does it, v is a mean of all gradients so far
         rms = nn.utils.get_total_norm(gradients) / math.sqrt(entries)  # one number for all masks
+        rate = gamma[t].item() / (1 - 0.9 ** (t + 1))
         with torch.no_grad():
             for m, v_m, g in zip(M, v, gradients):
                 v_m.mul_(0.9).add_(0.1 * g / rms.clamp(min=1e-12))
-                m.sub_(gamma[t].item() * v_m)
+                m.sub_(rate * v_m)
 
         if (t + 1) % 50 == 0 or t + 1 == steps:
             right = 100 * (logits_adv.argmax(1) == y).float().mean()

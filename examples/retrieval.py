@@ -308,13 +308,14 @@ def train_masks(classifier, masks, batches, steps, eps, lam, budget):
         term = advmask.lafa(z_clean, z_adv, p_own)
         objective = loss + lam * term
 
-        # 5. v <- 0.9 v + 0.1 g / rms(g), then M <- M - gamma_t v
+        # 5. v <- 0.9 v + 0.1 g / rms(g), then M <- M - gamma_t v / (1 - 0.9^(t + 1))
         gradients = torch.autograd.grad(objective, M)
         rms = nn.utils.get_total_norm(gradients) / math.sqrt(entries)
+        rate = gamma[t].item() / (1 - 0.9 ** (t + 1))
         with torch.no_grad():
             for m, v_m, g in zip(M, v, gradients):
                 v_m.mul_(0.9).add_(0.1 * g / rms.clamp(min=1e-12))
-                m.sub_(gamma[t].item() * v_m)
+                m.sub_(rate * v_m)
 
         if (t + 1) % 50 == 0 or t + 1 == steps:
             right = 100 * (logits_adv.argmax(1) == y).float().mean()
