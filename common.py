@@ -44,6 +44,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 HERE = pathlib.Path(__file__).resolve().parent
+ROOT = pathlib.Path("data")  # of the datasets, unless --data-root names another
 
 
 # ------------------------------------------------------------------------------------------------
@@ -131,7 +132,7 @@ def add_arguments(parser):
     add = parser.add_argument
     names = ["embedded", "folder", *DATASETS]
     add("--dataset", default="embedded", choices=names, help="embedded: tiny/; folder: your images")
-    add("--data-root", type=pathlib.Path, default=pathlib.Path("data"), help="folder of the data")
+    add("--data-root", type=pathlib.Path, default=ROOT, help="folder of the data")
     add("--shots", type=at_least(1), default=16, help="training images per class")
     add("--classes", default="all", choices=["all", "base", "new"], help="CoOp's halves, or all")
     targets = ["new", "embedded", *DATASETS]
@@ -803,6 +804,9 @@ def prepare(args):
     if rank:  # process 0 loads first, and downloads
         torch.distributed.barrier()
     whole = load_dataset(args.dataset, args.data_root)
+    if args.dataset == "embedded" and not args.transfer and args.data_root != ROOT:
+        own = "for images of your own add --dataset folder"
+        print(f"note: the embedded data need no --data-root; {own}")
     # drawn on all classes, then halved, as in CoOp
     shots, _ = few_shot(whole.train, whole.val, args.shots, args.seed)
     chosen = {args.dataset: half(whole._replace(train=shots), args.classes)}

@@ -810,6 +810,14 @@ def test_prepare_loads_what_the_arguments_name(embedded, capsys):
     assert "test set embedded: 10 classes, 200 images" in out
 
 
+def test_a_data_root_that_is_not_used_is_told(tmp_path, capsys):
+    few = ("--shots", 1, "--test-limit", 1, "--device", "cpu")
+    common.prepare(parsed(*few))
+    assert "note:" not in capsys.readouterr().out
+    common.prepare(parsed(*few, "--data-root", tmp_path))
+    assert "note: the embedded data need no --data-root" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("augment, side", [("crop", 80), ("none", 64)])
 def test_prepare_decodes_as_the_augmentation_needs(augment, side):
     _, train, _ = common.prepare(parsed("--shots", 1, "--augment", augment, "--device", "cpu"))
