@@ -201,6 +201,22 @@ def test_pgd_refuses_train_mode_and_says_that_a_gradient_is_not_finite(linear, m
         module.pgd(linear.net, linear.x, linear.y, 0.01, 0.01, 1)
 
 
+@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
+def test_pgds_gradient_is_that_of_each_image_alone(linear, module):
+    outputs, gradients = [], []
+
+    def note(net, inputs, logits):
+        outputs.append(logits.detach())
+        logits.register_hook(gradients.append)
+
+    linear.net.register_forward_hook(note)
+    module.pgd(linear.net, linear.x, linear.y, linear.eps, linear.eps, 2)
+    assert len(gradients) == 2
+    for logits, gradient in zip(outputs, gradients):
+        # dCE/dlogits = softmax - onehot, with no 1 / batch
+        torch.testing.assert_close(gradient, logits.softmax(1) - F.one_hot(linear.y))
+
+
 def test_the_attack_on_kl_reaches_the_end_of_the_ball_whatever_the_labels(linear):
     # KL(P || P~) is convex in the margin of the attacked image, and 0 at that of the clean one
     reach = linear.eps * (linear.net.W[0] - linear.net.W[1]).abs().sum().item()
