@@ -304,6 +304,8 @@ def autoattack(net, images, clean, norm, eps, n, size):
 
 def find(text):
     """What RUN names -> "run", "export" or "model". Raises Fault."""
+    if text == "tiny":  # not the folder of that name: it is no export
+        return "model"
     path = pathlib.Path(text)
     if path.suffix == ".safetensors" or (path / "adapter.safetensors").exists():
         return "run"
@@ -312,7 +314,7 @@ def find(text):
     if path.is_dir():
         files = "adapter.safetensors, as a finished run does, nor open_clip_config.json"
         raise common.Fault(f"{path} holds neither {files}, as an export does")
-    if text == "tiny" or text in open_clip.list_models():
+    if text in open_clip.list_models():
         return "model"
     wanted = "expected the folder of a run or of an export, tiny, or a model of open_clip"
     raise common.Fault(f"{text!r} is not there; {wanted}")

@@ -431,6 +431,14 @@ def test_a_name_is_attacked_zero_shot_with_every_step_size(program, tmp_path):
     assert "PGD-2, step 0.5/255" in answer.out
 
 
+def test_tiny_is_the_model_where_a_folder_of_that_name_is_too(monkeypatch, tmp_path):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "open_clip_config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    assert second_opinion.find("tiny") == "model"
+    assert second_opinion.find("./tiny") == "export"
+
+
 def test_an_l2_ball_has_its_radius_and_its_step(program, tmp_path):
     words = ("--norm", "l2", "--eps", 2, "--test-limit", 2, "--test-steps", 5)
     assert program(PROGRAM, "tiny", *words).code == 0
