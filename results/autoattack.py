@@ -26,7 +26,7 @@ FILE = HERE / "autoattack.jsonl"
 PAGE = HERE / "RESULTS.md"
 DATASET, SEED, IMAGES = "embedded", 1, 200
 ATTACKS = "APGD-CE", "APGD-T", "FAB-T", "Square"
-START, END = "<!-- autoattack -->\n", "\n<!-- end -->"
+START, END = "<!-- autoattack -->\n", "<!-- end -->"
 
 
 def read():
@@ -87,7 +87,7 @@ def fill(text):
     """The page with the table between its markers."""
     before, start, rest = text.partition(START)
     _, end, after = rest.partition(END)
-    return before + start + table() + end + after
+    return f"{before}{start}{table()}\n{end}{after}"
 
 
 def main():

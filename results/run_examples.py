@@ -142,8 +142,8 @@ def fill(text):
     for name, content in tables().items():
         before, start, rest = text.partition(f"<!-- example {name} -->\n")
         if start:
-            _, end, after = rest.partition("\n<!-- end -->")
-            text = before + start + content + end + after
+            _, end, after = rest.partition("<!-- end -->")
+            text = f"{before}{start}{content}\n{end}{after}"
     return text
 
 

@@ -96,6 +96,18 @@ def test_the_table_has_mean_and_deviation_over_seeds(examples, tmp_path):
     assert "| zero-shot | 50.0 |" in found["poisoned shots, caltech101"]
 
 
+def test_a_table_is_written_between_its_own_markers(examples, autoattack, tmp_path):
+    examples.keep(backdoor(tmp_path / "run", 10.0))
+    rest = "text\n<!-- example other -->\nkept\n<!-- end -->\n"
+    page = f"before\n<!-- example backdoor, embedded -->\n<!-- end -->\n{rest}"
+    filled = examples.fill(page)
+    assert filled.startswith("before\n") and filled.endswith(f"\n<!-- end -->\n{rest}")
+    assert "| zero-shot | 10.0 |" in filled and examples.fill(filled) == filled
+    page = f"before\n{autoattack.START}<!-- end -->\n{rest}"
+    filled = autoattack.fill(page)
+    assert filled.endswith(f"\n<!-- end -->\n{rest}") and autoattack.fill(filled) == filled
+
+
 def test_the_table_of_retrieval_has_both_directions_under_every_attack(examples, tmp_path):
     examples.keep(retrieval(tmp_path / "run"))
     table = examples.tables()["retrieval"]
