@@ -33,6 +33,10 @@ searched among all 5,000 captions. The other way, their own captions are searche
 images, of which the attacked 200 are attacked and the others as they are. The clean numbers are of
 the same images and captions. Ties count against us. Captions that are too long for the text tower
 are cut, as in its pre-training.
+
+Evidence, on the small CLIP, seed 1, image to text under PGD-100: R@10 is 0.0 zero-shot, 2.0 with
+AdvMask, 4.0 with AdvLoRA, and 3.5 with full fine-tuning. Clean it is 13.0, 8.5, 13.0 and 15.0.
+results/RESULTS.md has the table. It takes about ten minutes on two CPU cores.
 """
 
 import argparse

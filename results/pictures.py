@@ -96,6 +96,8 @@ def draw_shots(datasets, model, eps):
                 line = STYLES[key][1:]
                 panel.axhline(means[0], color=colour, linestyle=line, linewidth=0.9, label=label)
                 continue
+            if len(shots) == 1:  # no curve yet
+                continue
             options = {"color": colour, "markersize": 4, "capsize": 2, "label": label}
             panel.errorbar(shots, means, deviations, fmt=STYLES[key], **options)
         panel.set_xscale("log", base=2)
