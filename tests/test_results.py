@@ -364,6 +364,26 @@ def test_every_command_of_every_table_is_one_that_its_program_takes(sweep, model
     )
 
 
+def test_the_page_has_the_command_of_every_table_with_published_numbers(sweep):
+    text = (RESULTS / "RESULTS.md").read_text()
+    names = " ".join(re.search(r"NAMES are any of\n(.*?): all", text, re.DOTALL)[1].split())
+    assert set(names.split()) == set(common.DATASETS) - {"tiny_imagenet"}
+    commands = re.findall(r"On a GPU: `python (.*?) NAMES`\.\n\n<!-- table (\S+) -->", text)
+    assert {table for _, table in commands} == {*sweep.PUBLISHED, "rivals"}
+    for command, table in commands:
+        script, name, *words = command.split()
+        assert (script, name) == ("results/sweep.py", table)
+        ended = subprocess.run(
+            [sys.executable, HERE / script, name, *words, *names.split(), "--list"],
+            capture_output=True,
+            text=True,
+        )
+        assert ended.returncode == 0, ended.stderr
+        listed = ended.stdout.splitlines()
+        assert len(listed) == len(sweep.runs([table], "ViT-B-32-quickgelu", names.split()))
+        assert all("--model ViT-B-32-quickgelu" in line for line in listed)
+
+
 def test_a_row_of_another_table_is_not_run_twice(sweep):
     commands = [tuple(run.words) for run in sweep.runs(sweep.TABLES)]
     assert len(set(commands)) == len(commands)
