@@ -8,19 +8,21 @@ implementation. What the paper does not state is marked "(our choice)".
     python advmask.py --model tiny --dataset caltech101    # small CLIP, real photographs
     python advmask.py --dataset caltech101 --shots 16      # OpenAI ViT-B/32, eps 1/255, a GPU
 
-The idea. theta are CLIP's weights, M a real mask of the same shape, alpha a threshold. The network
-runs on theta' = theta * 1[M > alpha]. theta stays frozen; only M is trained, on adversarial images,
-through a straight-through gradient. One bit per masked weight is the whole adapter.
+The idea. theta are weights of CLIP's image tower, by default those of attention. M is a real mask
+of the same shape, alpha a threshold. The network runs on theta' = theta * 1[M > alpha]. theta stays
+frozen; only M is trained, on adversarial images, through a straight-through gradient. One bit per
+masked weight is the whole adapter. f is the classifier: an image's feature against every class's.
 
     min over M  E[L_mask],  L_mask = CE(f_theta'(x~), y) + lambda * L_LAFA
     x~ = x + argmax over |delta|_inf <= eps of CE(f_theta'(x + delta), y)
 
 L_LAFA keeps the features of x~ near those of x in every block; the function lafa has it.
 
-Evidence, on the small CLIP: 16 shots, eps 3/255, PGD-100, seeds 1-3, one CPU core, 1.5 to 7 minutes
-of training, torch 2.14, open_clip 3.3. Embedded data: clean 82.0 -> 68.7 +- 1.2, robust 6.0 -> 34.8
-+- 1.3, 2.1 % of the masked weights off. Caltech101: clean 59.8 -> 47.3 +- 3.0, robust 2.8 -> 19.6
-+- 3.1, 2.0 % off. results/RESULTS.md has more. ViT-B/32 with CLIP's weights has not been run here.
+Evidence, on the small CLIP in tiny/: accuracies in %, zero-shot -> AdvMask, mean and deviation of
+seeds 1-3. 16 shots, eps 3/255, PGD-100, lambda 150, one CPU core, torch 2.14, open_clip 3.3.
+Embedded data: clean 82.0 -> 68.7 +- 1.2, robust 6.0 -> 34.8 +- 1.3, 2.1 % of the masked weights
+off, 2 minutes of training. Caltech101: clean 59.8 -> 47.3 +- 3.0, robust 2.8 -> 19.6 +- 3.1, 2.0 %
+off, 6 minutes. results/RESULTS.md has more. ViT-B/32 with CLIP's weights has not been run here.
 """
 
 import math
@@ -46,8 +48,8 @@ class BinaryMask(nn.Module):
         torch.nn.utils.parametrize.register_parametrization(layer, "weight", mask)
 
     M has the weight's shape and starts at `init`: every weight is kept. Train mask.M and nothing
-    else. init and alpha are those of R-AMT, ICCV 2023 (our choice); only init - alpha matters, as
-    `train` makes its rate proportional to it. Raises ValueError unless init > alpha.
+    else. init and alpha are those of R-AMT, ICCV 2023 (our choice). They do not matter to `train`,
+    whose rate is proportional to init - alpha. Raises ValueError unless init > alpha.
     """
 
     def __init__(self, weight, init=1e-2, alpha=5e-3):
@@ -160,8 +162,8 @@ def features(classifier, x):
 def lafa(z_clean, z_adv, p_true, eps_w=1e-6):
     """L_LAFA, layer-wise adaptive feature alignment (AdvMask) -> scalar.
 
-    z_clean, z_adv (layers, b, d), as `features` gives them. p_true (b,), the model's own p(y|x) of
-    the true class on the clean image, a constant: softmax(logits_clean)[range(b), y]. E_B is the
+    z_clean, z_adv (layers, b, d), as `features` gives them. p_true (b,), the network's own p(y|x)
+    of the true class on the clean image, a constant: softmax(logits_clean)[range(b), y]. E_B is the
     mean over the batch. eps_w only keeps the division finite (our choice). The weight is the
     image's, the same for every layer. Raises ValueError where shapes do not fit.
 
@@ -218,15 +220,17 @@ def train(classifier, masks, batches, steps, eps, loss="lafa", lam=50, budget=1.
     """Train the masks {name: BinaryMask} in place. batches yields (x, y) `steps` times.
 
     classifier: pixels in [0, 1] -> logits, in eval mode, with the masks in it. loss and lam: the
-    second term of L_mask and its weight, lambda. The paper says M <- M - gamma dL/dM_bin; that
-    gradients are divided by their root mean square, averaged over steps, and that gamma falls by a
-    cosine is our choice. budget, the flip budget, is the sum of all gamma in units of init - alpha:
-    an entry whose gradient is always of average size goes off in the end if it is 1 or more.
+    second term of L_mask and its weight, lambda. The paper's step is M <- M - gamma dL/dM_bin. Our
+    choices: the gradient is divided by its root mean square, a running mean of it is taken, and
+    gamma falls by a cosine. budget, the flip budget, is a distance: the sum of all gamma, in units
+    of init - alpha. An entry whose gradient is always k times the root mean square, k > 0, is off
+    in the end if k * budget is 1 or more.
     """
     started = time.time()
     M = [mask.M for mask in masks.values()]
     v = [torch.zeros_like(m) for m in M]
     entries = sum(m.numel() for m in M)
+    # from the start to the threshold: the same for all masks of one `attach`
     way = max(mask.init - mask.alpha for mask in masks.values())
     # gamma_t falls by a cosine towards 0; its sum over all steps is budget * way
     decay = 0.5 * (1 + torch.cos(math.pi * torch.arange(steps) / steps))
@@ -237,7 +241,7 @@ def train(classifier, masks, batches, steps, eps, loss="lafa", lam=50, budget=1.
         x_adv = pgd(classifier, x, y, eps, step=eps, steps=2)
 
         # 2. what every block makes of the clean and of the attacked image
-        with torch.no_grad():  # the clean side is a constant (our choice)
+        with torch.no_grad():  # of the same network, but a constant (our choice)
             z_clean, logits_clean = features(classifier, x)
         z_adv, logits_adv = features(classifier, x_adv)
 
@@ -249,8 +253,8 @@ def train(classifier, masks, batches, steps, eps, loss="lafa", lam=50, budget=1.
         # 4. the gradient of M alone: that of M_bin, straight-through, by BinaryMask.forward
         gradients = torch.autograd.grad(objective, M)
 
-        # 5. v <- 0.9 v + 0.1 g / rms(g) from v = 0, then M <- M - gamma_t v / (1 - 0.9^(t + 1)):
-        # so divided, as Adam does it, v is a mean of all gradients so far
+        # 5. v <- 0.9 v + 0.1 g / rms(g), then M <- M - gamma_t v / (1 - 0.9^(t + 1)). As v starts
+        # at 0, its weights add up to 1 - 0.9^(t + 1): so divided, as in Adam, it is a mean
         rms = nn.utils.get_total_norm(gradients) / math.sqrt(entries)  # one number for all masks
         rate = gamma[t].item() / (1 - 0.9 ** (t + 1))
         with torch.no_grad():
@@ -289,7 +293,7 @@ def unpack(masks, tensors):
     found = {name: (bits.numel(), bits.dtype) for name, bits in tensors.items()}
     expected = {name: ((m.M.numel() + 7) // 8, torch.uint8) for name, m in masks.items()}
     if found != expected:
-        raise ValueError("its masks are not those of these weights of this model")
+        raise ValueError("its masks have other names or sizes than the weights of this model")
     for name, mask in masks.items():
         bits = np.unpackbits(tensors[name].numpy(), count=mask.M.numel()).reshape(mask.M.shape)
         mask.M.data[torch.from_numpy(bits == 0).to(mask.M.device)] = mask.alpha
@@ -298,8 +302,8 @@ def unpack(masks, tensors):
 def load(folder, device="cpu", dtype="float32"):
     """The adapted classifier of a finished run: pixels (b, 3, h, w) in [0, 1] -> logits.
 
-    `folder` holds adapter.safetensors; the classes are those of the run. Raises common.Fault, an
-    exception with one sentence.
+    `folder` holds adapter.safetensors; the classes are those of the run, the masks are merged.
+    Raises common.Fault, an exception with one sentence.
     """
     tensors, facts = common.load_adapter(folder, "advmask", ["weights"])
     classifier = common.adapted_classifier(facts, device, dtype)
@@ -331,14 +335,13 @@ def arguments():
     weights = "masked weights of every vision block: attention, MLP, or both"
     add("--weights", default="attn", choices=["attn", "mlp", "both"], help=weights)
     losses = ["ce", "js", "kl", "align", "lafa"]
-    add(
-        "--loss", default="lafa", choices=losses, help="CE alone, or CE + lambda times one of these"
-    )
+    term = "second term of the loss; ce: none, CE alone"
+    add("--loss", default="lafa", choices=losses, help=term)
     lam = "lambda; default 50, as published, and 150 for the small CLIP (our choice)"
     add("--lam", type=common.at_least(0, float), help=lam)
-    steps = "training steps; default 6 epochs, at least 100 (our choice)"
+    steps = "training steps; default 6 epochs, or 100 if that is more (our choice)"
     add("--steps", type=common.at_least(1), help=steps)
-    budget = "flip budget, sets the rate; default steps / 100, within 1.5 and 3 (our choice)"
+    budget = "flip budget, sets the rate; default steps / 100, but 1.5 to 3 (our choice)"
     add("--budget", type=common.at_least(0, float), help=budget)
     return parser
 
