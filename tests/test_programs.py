@@ -3,7 +3,6 @@ input, a full disk and a kill leave behind."""
 
 import importlib
 import json
-import math
 import os
 import pathlib
 import random
