@@ -58,6 +58,29 @@ def test_every_key_of_a_line_is_explained(script):
         assert set(line) <= explained, set(line) - explained
 
 
+def test_the_pages_state_what_the_examples_found(monkeypatch):
+    monkeypatch.syspath_prepend(RESULTS)
+    lines = importlib.import_module("run_examples").read()
+    (backdoor,) = [line["rows"] for line in lines if line["example"] == "backdoor, embedded"]
+    success = {name: round(row["success"]) for name, row in backdoor.items()}
+    page, readme = (" ".join(text.split()) for text in (PAGE, (HERE / "README.md").read_text()))
+    lora, mask, all_of_it = (success[name] for name in ("AdvLoRA", "AdvMask", "backdoored"))
+    assert f"of {all_of_it} % success AdvLoRA leaves {lora}, AdvMask {mask}" in readme
+    assert f"of {all_of_it} % success {lora} and {mask} are left" in page
+    assert f"without an attack, leaves {success['plain LoRA']}." in page
+
+    (retrieval,) = [line["rows"] for line in lines if line["example"] == "retrieval"]
+    found = {}
+    for name, row in retrieval.items():
+        found[name] = row["pgd"]["100"]["image_to_text"]["R@10"]
+    lora, full = found["AdvLoRA"], found["full fine-tuning"]
+    assert f"is {lora:.1f} with AdvLoRA and {full:.1f} with full fine-tuning" in page
+    low, high = retrieval["full fine-tuning"]["pgd"]["100"]["interval"]
+    assert low <= lora <= high, "within noise"
+    share = retrieval["AdvLoRA"]["trained"] / retrieval["full fine-tuning"]["trained"]
+    assert f"with {100 * share:.0f} % of its numbers" in readme
+
+
 # ------------------------------------------------------------------------------------------------
 # The examples
 # ------------------------------------------------------------------------------------------------
