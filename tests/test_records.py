@@ -61,13 +61,18 @@ def test_every_key_of_a_line_is_explained(script):
 def test_the_pages_state_what_the_examples_found(monkeypatch):
     monkeypatch.syspath_prepend(RESULTS)
     lines = importlib.import_module("run_examples").read()
-    (backdoor,) = [line["rows"] for line in lines if line["example"] == "backdoor, embedded"]
-    success = {name: round(row["success"]) for name, row in backdoor.items()}
     page, readme = (" ".join(text.split()) for text in (PAGE, (HERE / "README.md").read_text()))
-    lora, mask, all_of_it = (success[name] for name in ("AdvLoRA", "AdvMask", "backdoored"))
-    assert f"of {all_of_it} % success AdvLoRA leaves {lora}, AdvMask {mask}" in readme
-    assert f"of {all_of_it} % success {lora} and {mask} are left" in page
-    assert f"without an attack, leaves {success['plain LoRA']}." in page
+    success = {}
+    for dataset in ("embedded", "caltech101"):
+        (rows,) = [line["rows"] for line in lines if line["example"] == f"backdoor, {dataset}"]
+        success[dataset] = {name: round(row["success"]) for name, row in rows.items()}
+        found = [success[dataset][name] for name in ("backdoored", "AdvLoRA", "AdvMask")]
+        assert "of {} % success {} and {} are left".format(*found) in page
+        assert max(row["no_patch"] for row in rows.values()) < 4
+    assert f"without an attack, leaves {success['embedded']['plain LoRA']}." in page
+    assert f"plain LoRA leaves {success['caltech101']['plain LoRA']}." in page
+    found = [success["embedded"][name] for name in ("backdoored", "AdvLoRA", "AdvMask")]
+    assert "of {} % success AdvLoRA leaves {}, AdvMask {}".format(*found) in readme
 
     (retrieval,) = [line["rows"] for line in lines if line["example"] == "retrieval"]
     found = {}
