@@ -23,6 +23,11 @@ on shots of which a tenth are poisoned.
 
 Plain LoRA and full clean are the same adaptations without the attack. A model that ignores the
 patch has the success that it has on images without it, the column "no patch".
+
+Evidence, on the small CLIP, seed 1: on the embedded data the success falls from 99 % to 17 with
+AdvMask, 28 with AdvLoRA, 21 with full adversarial, 37 with full clean; plain LoRA leaves 98. On
+Caltech101 it falls from 98 % to 7, 9, 5 and 11; plain LoRA leaves 88. results/RESULTS.md has all. A
+run takes about ten minutes on two CPU cores.
 """
 
 import copy
