@@ -233,7 +233,7 @@ def attempts():
     "divided" is the update of today; the other rows of AdvMask had the running mean undivided.
     """
     rows = {"AdvMask": KEPT}
-    for change in ("divided", "a rate per matrix", "late flips stopped", "no augmentation"):
+    for change in ("divided", "a rate per matrix", "no augmentation"):
         rows[f"AdvMask, {change}"] = KEPT
     for method, program in (("AdvLoRA", ADVLORA), ("TeCoA", TECOA)):
         for row, text in on_val(program, "", ("--augment none",)).items():
