@@ -74,6 +74,14 @@ def test_the_pages_state_what_the_examples_found(monkeypatch):
     found = [success["embedded"][name] for name in ("backdoored", "AdvLoRA", "AdvMask")]
     assert "of {} % success AdvLoRA leaves {}, AdvMask {}".format(*found) in readme
 
+    (rows,) = [line["rows"] for line in lines if line["example"] == "poisoned shots, embedded"]
+    mask = rows["AdvMask"]
+    added = mask["success"] - mask["no_patch"]
+    assert f"adds {added:.0f} point to the {mask['no_patch']:.0f} % of images" in page
+    assert f"clean accuracy falls to {mask['clean']:.1f}." in page
+    for name in ("AdvLoRA", "full adversarial", "plain LoRA", "full clean"):
+        assert rows[name]["success"] > 95
+
     (retrieval,) = [line["rows"] for line in lines if line["example"] == "retrieval"]
     found = {}
     for name, row in retrieval.items():
