@@ -27,8 +27,8 @@ patch has the success that it has on images without it, the column "no patch".
 Evidence, on the small CLIP, seed 1: on the embedded data the success falls from 99 % to 17 with
 AdvMask, 28 with AdvLoRA, 21 with full adversarial, 37 with full clean; plain LoRA leaves 98. On
 Caltech101 it falls from 98 % to 7, 9, 5 and 11; plain LoRA leaves 88. Of poisoned shots all learn
-the backdoor, AdvMask apart. results/RESULTS.md has the tables. A run takes about ten minutes on two
-CPU cores.
+the backdoor, AdvMask apart. results/RESULTS.md has the tables. A run took 15 to 22 minutes on one
+busy CPU core.
 """
 
 import copy

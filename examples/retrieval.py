@@ -36,7 +36,7 @@ are cut, as in its pre-training.
 
 Evidence, on the small CLIP, seed 1, image to text under PGD-100: R@10 is 0.0 zero-shot, 2.0 with
 AdvMask, 4.0 with AdvLoRA, and 3.5 with full fine-tuning. Clean it is 13.0, 8.5, 13.0 and 15.0.
-results/RESULTS.md has the table. It takes about ten minutes on two CPU cores.
+results/RESULTS.md has the table. It took 21 minutes on one busy CPU core.
 """
 
 import argparse
