@@ -1,6 +1,6 @@
 """AutoAttack on every method of the table rivals, a line a run in autoattack.jsonl, and its table.
 
-    python results/autoattack.py --data-root DATA           # what is missing; 1 to 20 minutes a run
+    python results/autoattack.py --data-root DATA           # what is missing: a long wait
     python results/autoattack.py --data-root DATA --list    # only print the missing commands
     python results/autoattack.py --write                    # put the table into RESULTS.md
 
@@ -13,7 +13,6 @@ import argparse
 import json
 import pathlib
 import shlex
-import subprocess
 import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -26,7 +25,7 @@ FILE = HERE / "autoattack.jsonl"
 PAGE = HERE / "RESULTS.md"
 DATASET, SEED, IMAGES = "embedded", 1, 200
 ATTACKS = "APGD-CE", "APGD-T", "FAB-T", "Square"
-START, END = "<!-- autoattack -->\n", "<!-- end -->"
+MARKER = "<!-- autoattack -->"
 
 
 def read():
@@ -85,9 +84,7 @@ def table():
 
 def fill(text):
     """The page with the table between its markers."""
-    before, start, rest = text.partition(START)
-    _, end, after = rest.partition(END)
-    return f"{before}{start}{table()}\n{end}{after}"
+    return sweep.put(text, MARKER, table())
 
 
 def main():
@@ -108,9 +105,7 @@ def main():
         print(shlex.join(words), flush=True)
         if args.list:
             continue
-        ended = subprocess.run([sys.executable, *words[1:]], cwd=ROOT)
-        if ended.returncode:
-            raise sweep.Refused(f"{row} failed: see above")
+        sweep.run_here(words, row)
         # of several answers in the folder the newest
         keep(row, max(out.glob("second_opinion*.json"), key=lambda file: file.stat().st_mtime))
 

@@ -106,7 +106,8 @@ def controls():
 
 def shots():
     rows = {"zero-shot": ZeroShot("main", "AdvMask")}
-    for method, program in (("AdvMask", ADVMASK), ("AdvLoRA", ADVLORA), ("FAP", FAP)):
+    for method in ("AdvMask", "AdvLoRA", "FAP"):
+        program = METHODS[method]
         rows[f"{method}, 1 shot"] = f"{program} --shots 1"
         for k in (2, 4, 8):
             rows[f"{method}, {k} shots"] = f"{program} --shots {k}"

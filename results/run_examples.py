@@ -12,7 +12,6 @@ import argparse
 import json
 import pathlib
 import shlex
-import subprocess
 import sys
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -140,10 +139,7 @@ def tables():
 def fill(text):
     """A page with the tables between their markers, as the lines have them now."""
     for name, content in tables().items():
-        before, start, rest = text.partition(f"<!-- example {name} -->\n")
-        if start:
-            _, end, after = rest.partition("<!-- end -->")
-            text = f"{before}{start}{content}\n{end}{after}"
+        text = sweep.put(text, f"<!-- example {name} -->", content)
     return text
 
 
@@ -177,9 +173,7 @@ def main():
         print(shlex.join(words), flush=True)
         if args.list:
             continue
-        ended = subprocess.run([sys.executable, *words[1:]], cwd=ROOT)
-        if ended.returncode:
-            raise sweep.Refused(f"{name}, seed {seed}, failed: see above")
+        sweep.run_here(words, f"{name}, seed {seed},")
         keep(next(pathlib.Path(words[-1]).iterdir()))
 
 

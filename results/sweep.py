@@ -508,6 +508,22 @@ def main():
         sweep(everything, data_root, args.jobs, args.model)
 
 
+def run_here(words, name):
+    """Run a command of this repository, in its root. Raises Refused where it fails."""
+    ended = subprocess.run([sys.executable, *words[1:]], cwd=ROOT)
+    if ended.returncode:
+        raise Refused(f"{name} failed: see above")
+
+
+def put(text, marker, content):
+    """A page with the content between a marker and the next end; without the marker as it is."""
+    before, start, rest = text.partition(f"{marker}\n")
+    if not start:
+        return text
+    _, end, after = rest.partition("<!-- end -->")
+    return f"{before}{start}{content}\n{end}{after}"
+
+
 def guard(main):
     """Run a program and exit, with one sentence and code 2 where it is refused or interrupted."""
     try:

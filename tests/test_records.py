@@ -45,7 +45,7 @@ def autoattack(monkeypatch, tmp_path):
 def test_the_page_shows_the_tables_that_the_lines_give(script):
     assert PAGE == script.fill(PAGE), f"run python results/{script.__name__}.py --write"
     if script.__name__ == "autoattack":
-        assert script.START in PAGE
+        assert script.MARKER in PAGE
     else:
         shown = set(re.findall("<!-- example (.*) -->", PAGE))
         assert shown == set(script.tables()), "every example that has runs has its place"
@@ -139,7 +139,7 @@ def test_a_table_is_written_between_its_own_markers(examples, autoattack, tmp_pa
     filled = examples.fill(page)
     assert filled.startswith("before\n") and filled.endswith(f"\n<!-- end -->\n{rest}")
     assert "| zero-shot | 10.0 |" in filled and examples.fill(filled) == filled
-    page = f"before\n{autoattack.START}<!-- end -->\n{rest}"
+    page = f"before\n{autoattack.MARKER}\n<!-- end -->\n{rest}"
     filled = autoattack.fill(page)
     assert filled.endswith(f"\n<!-- end -->\n{rest}") and autoattack.fill(filled) == filled
 

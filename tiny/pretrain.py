@@ -253,12 +253,12 @@ def configure(width):
 
 
 def store(folder, config, state):
-    """Write a folder that open_clip and --model local-dir:FOLDER take, whole or not at all."""
+    """Write a folder that open_clip and --model local-dir:FOLDER take, the configuration last."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
     part = folder / "open_clip_model.safetensors.part"
     save_file({k: v.contiguous() for k, v in state.items()}, part)
     os.replace(part, folder / "open_clip_model.safetensors")
+    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 def build(config, size, state=None):
