@@ -154,12 +154,13 @@ def test_the_table_of_retrieval_has_both_directions_under_every_attack(examples,
 def test_a_run_takes_the_place_of_its_line_and_of_no_other(examples, tmp_path):
     examples.keep(backdoor(tmp_path / "run", 10.0))
     examples.keep(backdoor(tmp_path / "run", 20.0, seed=2))
+    examples.keep(backdoor(tmp_path / "run", 40.0, dataset="caltech101"))
     examples.keep(backdoor(tmp_path / "run", 30.0))
-    lines = examples.read()
-    assert [(line["seed"], line["rows"]["zero-shot"]["success"]) for line in lines] == [
-        (1, 30.0),
-        (2, 20.0),
+    kept = [
+        (*examples.identity(line), line["rows"]["zero-shot"]["success"]) for line in examples.read()
     ]
+    embedded = "backdoor, embedded"
+    assert kept == [("backdoor, caltech101", 1, 40.0), (embedded, 1, 30.0), (embedded, 2, 20.0)]
 
 
 def test_what_is_no_run_of_an_example_is_refused(examples, tmp_path):
