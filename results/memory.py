@@ -1,6 +1,7 @@
 """How much GPU memory do AdvMask's training and evaluation take? A formula, and a table of it.
 
     python results/memory.py [--batch-size 32]
+    python results/memory.py --measure      # on a GPU: what it really takes, and how long
 
 In bytes, float32, as multiples of these sizes: the weights of CLIP; the masked weights; an image;
 and, of one image in one block, n d numbers (n tokens of width d, h heads, an MLP of width r d).
@@ -29,13 +30,21 @@ out_proj is masked.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import pathlib
+import sys
+import time
 
 import open_clip
 import torch
 
 HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import advmask
+import common
+
 MODELS = "tiny", "ViT-B-32-quickgelu", "ViT-B-16-quickgelu", "ViT-L-14-quickgelu"
 
 
@@ -107,10 +116,74 @@ def memory(model, weights="attn", attention="gpu"):
     }
 
 
+def measure(model, batch, dtype, steps=5):
+    """One model with random weights on a GPU -> bytes of training, of evaluation; seconds a step.
+
+    The bytes are the peak of what torch allocated. A step of training takes `batch` images, a step
+    of the attack four times as many.
+    """
+    pretrained = "openai" if model == "tiny" else "none"
+    clip, config = common.load_clip(model, pretrained, "cuda")
+    names = [f"class {k}" for k in range(100)]
+    classifier = common.Classifier(clip, config, names, dtype=dtype)
+    masks = advmask.attach(clip, advmask.vision_weights(clip, "attn"))
+    x = torch.rand(4 * batch, 3, classifier.size, classifier.size, device="cuda")
+    with torch.no_grad():
+        y = classifier(x).argmax(1)
+
+    def training():
+        advmask.train(classifier, masks, [(x[:batch], y[:batch])] * steps, steps, eps=1 / 255)
+
+    def evaluation():
+        # in a ball of radius 0 no image breaks, and all stay under attack
+        zero = torch.zeros_like(x)
+        common.attack(classifier, x, y, zero, eps=0.0, step=1 / 255, steps=steps - 1)
+
+    found = []
+    for work in (training, evaluation):
+        with contextlib.redirect_stdout(io.StringIO()):  # the log of the training
+            work()  # warms up
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            started = time.perf_counter()
+            work()
+            torch.cuda.synchronize()
+        seconds = (time.perf_counter() - started) / steps
+        found.append((torch.cuda.max_memory_allocated(), seconds))
+        if work is training:
+            advmask.merge(clip, masks)
+    (trained, train_step), (evaluated, attack_step) = found
+    return trained, evaluated, train_step, attack_step
+
+
+def print_measured(batch):
+    """The table of `measure`, for every model in both precisions."""
+    if not torch.cuda.is_available():
+        raise common.Fault("--measure needs a GPU, and torch finds none here")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
+    print(
+        f"| model | precision | training, batch {batch} | a step "
+        f"| evaluation, batch {4 * batch} | a step of the attack |\n|---|---|---|---|---|---|"
+    )
+    for model in MODELS:
+        for dtype in ("float32", "bfloat16"):
+            trained, evaluated, train_step, attack_step = measure(model, batch, dtype)
+            print(
+                f"| {model} | {dtype} | {trained / 2**30:.1f} GiB | {1000 * train_step:.0f} ms "
+                f"| {evaluated / 2**30:.1f} GiB | {1000 * attack_step:.0f} ms |",
+                flush=True,
+            )
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--batch-size", type=int, default=32, help="training batch (default: 32)")
-    batch = parser.parse_args().batch_size
+    parser.add_argument("--measure", action="store_true", help="measure it on this GPU")
+    args = parser.parse_args()
+    batch = args.batch_size
+    if args.measure:
+        print_measured(batch)
+        return
     print(
         f"| model | weights | M, v, gradients, theta' | an image's share: training, evaluation "
         f"| training, batch {batch} | evaluation, batch {4 * batch} |\n|---|---|---|---|---|---|"
@@ -127,4 +200,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    common.guard(main)
