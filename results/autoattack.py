@@ -5,8 +5,8 @@
     python results/autoattack.py --write                    # put the table into RESULTS.md
 
 It takes the adapters that `python results/sweep.py main rivals` left in runs/sweep, of the first
-seed and the embedded data, and lets results/second_opinion.py attack 200 images with PGD-100 to its
-end and with AutoAttack. A line is that program's answer. All are the small CLIP's.
+seed, and lets results/second_opinion.py attack 200 images with PGD-100 to its end and with
+AutoAttack. A line is that program's answer. All are the small CLIP's.
 """
 
 import argparse
@@ -19,41 +19,46 @@ HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(HERE))
 import sweep
-from experiments import TABLES, Same
+from experiments import BOTH, TABLES, Same
 
 FILE = HERE / "autoattack.jsonl"
 PAGE = HERE / "RESULTS.md"
-DATASET, SEED, IMAGES = "embedded", 1, 200
+SEED, IMAGES = 1, 200
 ATTACKS = "APGD-CE", "APGD-T", "FAB-T", "Square"
 MARKER = "<!-- autoattack -->"
 
 
 def read():
-    """The lines -> {row of the table rivals: line}."""
+    """The lines -> {(dataset, row of the table rivals): line}."""
     lines = {}
     if FILE.exists():
         for line in FILE.read_text().splitlines():
             line = json.loads(line)
-            lines[line["row"]] = line
+            lines[line["dataset"], line["row"]] = line
     return lines
 
 
+def order(line):
+    """Sorts lines as the table rivals has them."""
+    return BOTH.index(line["dataset"]), list(TABLES["rivals"].rows).index(line["row"])
+
+
 def keep(row, file):
-    """Keep an answer of second_opinion.py as the line of this row."""
+    """Keep an answer of second_opinion.py as the line of this row, on the answer's dataset."""
     lines = read()
-    lines[row] = {"row": row, **sweep.shorten(json.loads(file.read_text()))}
-    order = list(TABLES["rivals"].rows).index
-    sweep.write_lines(FILE, list(lines.values()), lambda line: order(line["row"]))
+    line = {"row": row, **sweep.shorten(json.loads(file.read_text()))}
+    lines[line["dataset"], row] = line
+    sweep.write_lines(FILE, list(lines.values()), order)
 
 
-def adapter(row):
+def adapter(dataset, row):
     """What second_opinion.py is to attack. Raises Refused where a run has not left its adapter."""
     if row == "zero-shot":
         return "tiny"
     source = TABLES["rivals"].rows[row]
     table, name = source if isinstance(source, Same) else ("rivals", row)
     for run in sweep.runs([table]):
-        if (run.row, run.dataset, run.seed) == (name, DATASET, SEED):
+        if (run.row, run.dataset, run.seed) == (name, dataset, SEED):
             for file in run.folder.glob("*/adapter.safetensors"):
                 return str(file.parent)
             command = shlex.join(sweep.full_command(run, "DATA", "python"))
@@ -61,24 +66,25 @@ def adapter(row):
 
 
 def missing():
-    """The rows that have no line yet: every method by its defaults."""
+    """[(dataset, row)] that have no line yet: every method by its defaults."""
     have = read()
-    rows = []
-    for row in TABLES["rivals"].rows:
-        if row not in have and not row.endswith(", published"):
-            rows.append(row)
-    return rows
+    pairs = []
+    for dataset in BOTH:
+        for row in TABLES["rivals"].rows:
+            if (dataset, row) not in have and not row.endswith(", published"):
+                pairs.append((dataset, row))
+    return pairs
 
 
 def table():
     """The table as Markdown: % of the 200 images that are right."""
-    head = ["run", "clean", "PGD-100, final", "PGD-100, best", *ATTACKS]
+    head = ["images", "run", "clean", "PGD-100, final", "PGD-100, best", *ATTACKS]
     body = []
-    for row, line in read().items():
+    for (dataset, row), line in read().items():
         answer = line["autoattack"]
         (pgd,) = line["pgd"]
         values = [line["clean"], pgd["final"], pgd["best"], *(answer[name] for name in ATTACKS)]
-        body.append([row, *(f"{value:.1f}" for value in values)])
+        body.append([dataset, row, *(f"{value:.1f}" for value in values)])
     return sweep.markdown(head, body)
 
 
@@ -97,9 +103,10 @@ def main():
     if args.write:
         PAGE.write_text(fill(PAGE.read_text()))
         return
-    for row in missing():
-        out = ROOT / "runs" / "autoattack" / sweep.file_name(row)
-        words = ["python", "results/second_opinion.py", adapter(row)]
+    for dataset, row in missing():
+        out = ROOT / "runs" / "autoattack" / f"{dataset}-{sweep.file_name(row)}"
+        words = ["python", "results/second_opinion.py", adapter(dataset, row)]
+        words += ["--dataset", dataset]
         words += ["--test-limit", str(IMAGES), "--autoattack", str(IMAGES)]
         words += ["--data-root", str(args.data_root.resolve()), "--out", str(out)]
         print(shlex.join(words), flush=True)

@@ -292,6 +292,49 @@ def rivals_steps():
     return Table(("caltech101",), (1,), rows, 200)
 
 
+WIDTHS = 96, 192, 288, 384
+# arguments that set how far a method goes, its own first: three rates, and half as many steps more
+SCALE = {
+    "AdvMask": (ADVMASK, ("", "--budget 1.5", "--budget 6", "--steps 450")),
+    "AdvLoRA": (ADVLORA, ("", "--lr 3e-4", "--lr 3e-3", "--steps 300")),
+    "TeCoA": (TECOA, ("", "--lr 1e-4", "--lr 1e-3", "--steps 300")),
+}
+# what val chose of SCALE: (method, width) -> arguments; "" where it is not listed
+CHOSEN = {}
+
+
+def of_width(width, method, text):
+    """The words of a method on the CLIP that `tiny/pretrain.py --width` made."""
+    own = f"--model local-dir:tiny/work/width-{width} --eps 3/255"
+    if method == "AdvMask":
+        own += " --lam 150"  # as for the small CLIP
+    return f"{SCALE[method][0]} {own} {text}".strip()
+
+
+def scale_val():
+    """What a method's rate and steps should be at every width, on validation images."""
+    rows = {}
+    for width in WIDTHS:
+        for method, (_, texts) in SCALE.items():
+            for text in texts:
+                words = of_width(width, method, text)
+                row = f"width {width}, {method} {text or 'defaults'}"
+                rows[row] = f"{words} --split val --test-steps 20"
+    return Table(("caltech101",), (1,), rows, FEW)
+
+
+def scale():
+    """The methods on CLIPs of other widths, each with what val chose."""
+    rows = {}
+    for width in WIDTHS:
+        rows[f"width {width}, zero-shot"] = ZeroShot("scale", f"width {width}, AdvMask")
+        for method in SCALE:
+            rows[f"width {width}, {method}"] = of_width(
+                width, method, CHOSEN.get((method, width), "")
+            )
+    return Table(("caltech101",), SEEDS, rows, FEW)
+
+
 TABLES = {
     "main": main(),
     "zero-shot": zero_shot(),
@@ -310,6 +353,8 @@ TABLES = {
     "rivals": rivals(),
     "rivals-val": rivals_val(),
     "rivals-steps": rivals_steps(),
+    "scale-val": scale_val(),
+    "scale": scale(),
 }
 
 # The AdvMask paper, ViT-B/32, eps 1/255: table -> (what it is the mean of, {row: clean / PGD-100})

@@ -138,7 +138,8 @@ def runs(tables, model="tiny", datasets=(), more=()):
                 if words is None:
                     continue
                 for seed in spec.seeds:
-                    own = ["--model", model, "--dataset", dataset, "--seed", str(seed), *more]
+                    own = [] if "--model" in words else ["--model", model]
+                    own += ["--dataset", dataset, "--seed", str(seed), *more]
                     folder = ROOT / "runs" / "sweep" / file_name(model) / table
                     folder /= f"{dataset}~{file_name(row)}~{seed}"
                     everything.append(Run(table, row, dataset, seed, words + own, folder))

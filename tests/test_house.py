@@ -63,7 +63,7 @@ def imports(path):
 
 def house():
     """Names that are the house's own: its methods, baselines and folders."""
-    folders = [path.name for path in HERE.iterdir() if path.is_dir()]
+    folders = [path.name for path in HERE.iterdir() if any(path.glob("*.py"))]
     return {*folders, *(path.stem for path in METHODS)}
 
 

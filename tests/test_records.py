@@ -190,41 +190,42 @@ def test_every_missing_run_is_a_command_that_its_program_takes(examples, tmp_pat
 # ------------------------------------------------------------------------------------------------
 
 
-def answer(file, robust):
+def answer(file, robust, dataset="embedded"):
     """What second_opinion.py --autoattack leaves."""
     attacks = {"APGD-CE": robust + 3, "APGD-T": robust + 2, "FAB-T": robust + 1, "Square": robust}
     pgd = [{"final": robust + 5, "best": robust + 4}]
-    file.write_text(json.dumps({"clean": 80.0, "pgd": pgd, "autoattack": attacks}))
+    result = {"dataset": dataset, "clean": 80.0, "pgd": pgd, "autoattack": attacks}
+    file.write_text(json.dumps(result))
     return file
 
 
 def test_the_table_has_a_row_for_every_answer_in_the_order_of_the_rivals(autoattack, tmp_path):
-    autoattack.keep("FAP", answer(tmp_path / "second_opinion.json", 1.0))
-    autoattack.keep("zero-shot", answer(tmp_path / "second_opinion.json", 0.0))
-    autoattack.keep("FAP", answer(tmp_path / "second_opinion.json", 10.0))
-    first, second = autoattack.table().splitlines()[2:]
-    assert first.startswith("| zero-shot | 80.0 |")
-    assert second == "| FAP | 80.0 | 15.0 | 14.0 | 13.0 | 12.0 | 11.0 | 10.0 |"
-    assert set(autoattack.missing()) == {
-        "AdvMask",
-        "AdvLoRA",
-        "TeCoA",
-        "TGA-ZSR",
-        "AdvVP",
-        "AdvVLP",
-        "AdvMaPLe",
-    }
+    file = tmp_path / "second_opinion.json"
+    autoattack.keep("zero-shot", answer(file, 2.0, "caltech101"))
+    autoattack.keep("FAP", answer(file, 1.0))
+    autoattack.keep("zero-shot", answer(file, 0.0))
+    autoattack.keep("FAP", answer(file, 10.0))
+    first, second, third = autoattack.table().splitlines()[2:]
+    assert first.startswith("| embedded | zero-shot | 80.0 |")
+    assert second == "| embedded | FAP | 80.0 | 15.0 | 14.0 | 13.0 | 12.0 | 11.0 | 10.0 |"
+    assert third.endswith("| 3.0 | 2.0 |") and third.startswith("| caltech101 | zero-shot |")
+    others = {"AdvMask", "AdvLoRA", "TeCoA", "TGA-ZSR", "AdvVP", "AdvVLP", "AdvMaPLe"}
+    missing = autoattack.missing()
+    assert {row for dataset, row in missing if dataset == "embedded"} == others
+    assert {row for dataset, row in missing if dataset == "caltech101"} == others | {"FAP"}
 
 
 def test_a_run_without_an_adapter_is_refused_with_the_command_that_makes_it(autoattack, tmp_path):
     with pytest.raises(autoattack.sweep.Refused, match="python advmask.py .* --seed 1"):
-        autoattack.adapter("AdvMask")
+        autoattack.adapter("embedded", "AdvMask")
     for row, folder in (("AdvMask", "main/embedded~AdvMask~1"), ("FAP", "rivals/embedded~FAP~1")):
         run = tmp_path / "runs" / "sweep" / "tiny" / folder / "run"
         run.mkdir(parents=True)
         (run / "adapter.safetensors").write_bytes(b"")
-        assert autoattack.adapter(row) == str(run)
-    assert autoattack.adapter("zero-shot") == "tiny"
+        assert autoattack.adapter("embedded", row) == str(run)
+        with pytest.raises(autoattack.sweep.Refused, match="--dataset caltech101"):
+            autoattack.adapter("caltech101", row)
+    assert autoattack.adapter("caltech101", "zero-shot") == "tiny"
 
 
 def test_the_commands_are_listed(script):

