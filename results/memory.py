@@ -156,8 +156,8 @@ def measure(model, batch, dtype, steps=5):
     return trained, evaluated, train_step, attack_step
 
 
-def print_measured(batch):
-    """The table of `measure`, for every model in both precisions."""
+def print_measured(models, batch):
+    """The table of `measure`, for these models in both precisions."""
     if not torch.cuda.is_available():
         raise common.Fault("--measure needs a GPU, and torch finds none here")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}\n")
@@ -165,7 +165,7 @@ def print_measured(batch):
         f"| model | precision | training, batch {batch} | a step "
         f"| evaluation, batch {4 * batch} | a step of the attack |\n|---|---|---|---|---|---|"
     )
-    for model in MODELS:
+    for model in models:
         for dtype in ("float32", "bfloat16"):
             trained, evaluated, train_step, attack_step = measure(model, batch, dtype)
             print(
@@ -179,16 +179,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--batch-size", type=int, default=32, help="training batch (default: 32)")
     parser.add_argument("--measure", action="store_true", help="measure it on this GPU")
+    parser.add_argument("--models", nargs="+", default=MODELS, choices=MODELS, help="default all")
     args = parser.parse_args()
     batch = args.batch_size
     if args.measure:
-        print_measured(batch)
+        print_measured(args.models, batch)
         return
     print(
         f"| model | weights | M, v, gradients, theta' | an image's share: training, evaluation "
         f"| training, batch {batch} | evaluation, batch {4 * batch} |\n|---|---|---|---|---|---|"
     )
-    for model in MODELS:
+    for model in args.models:
         m = memory(model)
         training = m["weights"] + 4 * m["masked"] + batch * m["training"]
         evaluation = m["weights"] + m["masked"] + 4 * batch * m["evaluation"]

@@ -36,8 +36,8 @@ from experiments import BOTH, PUBLISHED, TABLES, Same, ZeroShot, command, file_n
 PAGES = (ROOT / "README.md", HERE / "RESULTS.md", HERE / "CHOICES.md")
 # what a line tells besides the arguments of its run
 FACTS = {
-    "table", "row", "versions", "commit", "device_name", "processes", "peak_memory_mib", "before",
-    "after", "masked", "off", "trained", "residual", "training_seconds", "seconds",
+    "table", "row", "versions", "commit", "device", "device_name", "processes", "peak_memory_mib",
+    "before", "after", "masked", "off", "trained", "residual", "training_seconds", "seconds",
 }  # fmt: skip
 
 

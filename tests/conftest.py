@@ -10,8 +10,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
+
+# The tests assert what a CPU computes, also where there is a GPU. test_gpu.py gives the GPU back to
+# the programs that it runs.
+os.environ.setdefault("ADV_GPUS", os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import torch
 from torch import nn
 
 import common

@@ -215,6 +215,29 @@ def test_the_table_has_a_row_for_every_answer_in_the_order_of_the_rivals(autoatt
     assert {row for dataset, row in missing if dataset == "caltech101"} == others | {"FAP"}
 
 
+def test_the_page_states_what_autoattack_takes(monkeypatch):
+    monkeypatch.syspath_prepend(RESULTS)
+    lines = importlib.import_module("autoattack").read()
+    page = " ".join(PAGE.split())
+    taken = {}
+    for (dataset, row), line in lines.items():
+        (pgd,) = line["pgd"]
+        found = line["autoattack"]
+        taken[dataset, row] = pgd["best"] - found["Square"]
+        assert found["APGD-T"] == found["FAB-T"] == found["Square"]
+    moved = [taken[pair] for pair in taken if pair[1] in ("AdvMask", "AdvLoRA", "TeCoA", "TGA-ZSR")]
+    assert len(moved) == 8
+    assert f"AutoAttack takes {min(moved):.1f} to {max(moved):.1f} points" in page
+    prompts = [pair for pair in taken if pair[1] in ("AdvVLP", "AdvMaPLe", "FAP")]
+    lost = [taken[pair] for pair in prompts]
+    assert len(lost) == 6 and f"lose {min(lost):.1f} to {max(lost):.1f} points" in page
+    shares = [100 * taken[pair] / lines[pair]["pgd"][0]["best"] for pair in prompts]
+    assert f"up to {max(shares):.0f} % of what PGD-100 leaves" in page
+    mask = lines["embedded", "AdvMask"]["autoattack"]["Square"]
+    best = max(lines["embedded", pair[1]]["autoattack"]["Square"] for pair in prompts)
+    assert f"AdvMask keeps {mask:.1f} %" in page and f"keeps {best:.1f} %" in page
+
+
 def test_a_run_without_an_adapter_is_refused_with_the_command_that_makes_it(autoattack, tmp_path):
     with pytest.raises(autoattack.sweep.Refused, match="python advmask.py .* --seed 1"):
         autoattack.adapter("embedded", "AdvMask")
