@@ -1,17 +1,17 @@
-"""Draw the results: the curve over shots, and clean against robust accuracy, a mark a method.
+"""Draw the results: curves over shots and over widths, clean against robust accuracy.
 
     python results/pictures.py    # --model and --datasets as sweep.py had them
 
-Writes shots.png, methods.png and rivals.png in results/, or in results/<model>/. Mean and standard
-deviation over the seeds that are there; the colours are Okabe and Ito's and two more, which
-colour-blind people tell apart.
+Writes shots.png, methods.png and rivals.png in results/, or in results/<model>/; of the small CLIP
+scale.png as well. Mean and standard deviation over the seeds that are there; the colours are Okabe
+and Ito's and two more, which colour-blind people tell apart.
 """
 
 import argparse
 import statistics
 
 import sweep
-from experiments import BOTH, TABLES
+from experiments import BOTH, TABLES, WIDTHS
 from matplotlib.figure import Figure
 
 COLOURS = {
@@ -132,6 +132,37 @@ def draw_marks(table, datasets, model, eps):
     return figure
 
 
+def over_widths(key):
+    """{method: [(width, mean, deviation), ...]} of the table scale; key: clean or PGD."""
+    curves = {}
+    for width in WIDTHS:
+        for method in ("zero-shot", "AdvMask", "AdvLoRA", "TeCoA"):
+            row = sweep.find("scale", f"width {width}, {method}", "caltech101")
+            if row is not None:
+                curves.setdefault(method, []).append((width, *spread(row.values[key])))
+    return curves
+
+
+def draw_scale():
+    """Accuracy over the width of the image tower, a panel of clean images and one under PGD."""
+    figure = Figure((8, 3.6), layout="constrained", facecolor="white")
+    axes = figure.subplots(1, 2)
+    titles = {"clean": "caltech101, clean", "PGD": "caltech101, PGD-100, eps 3/255"}
+    for panel, (key, title) in zip(axes, titles.items()):
+        for method, points in over_widths(key).items():
+            widths, means, deviations = zip(*points)
+            options = {"fmt": f"{MARKS[method]}-", "color": COLOURS[method], "capsize": 2}
+            panel.errorbar(widths, means, deviations, label=method, **options)
+        panel.set_title(title)
+        panel.set(xlabel="width of the small CLIP's image tower", xticks=WIDTHS)
+        panel.set_ylim(bottom=0)
+        panel.grid(color="#dddddd", linewidth=0.6)
+    axes[0].set_ylabel("accuracy [%]")
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside right upper", fontsize="small")
+    return figure
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="tiny", help="--model of the runs")
@@ -142,6 +173,8 @@ def main():
     draw_shots(args.datasets, args.model, eps).savefig(folder / "shots.png", dpi=150)
     for table, file in (("main", "methods.png"), ("rivals", "rivals.png")):
         draw_marks(table, args.datasets, args.model, eps).savefig(folder / file, dpi=150)
+    if args.model == "tiny":
+        draw_scale().savefig(folder / "scale.png", dpi=150)
 
 
 if __name__ == "__main__":

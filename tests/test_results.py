@@ -22,7 +22,7 @@ HERE = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = HERE / "results"
 PAGES = HERE / "README.md", RESULTS / "RESULTS.md", RESULTS / "CHOICES.md"
 # those of other scripts than sweep.py: test_records.py
-OTHERS = "autoattack", "examples"
+OTHERS = "autoattack", "examples", "movement"
 FILES = [file for file in sorted(RESULTS.glob("*.jsonl")) if file.stem not in OTHERS]
 MARKERS = re.compile(r"<!-- table (\S+) -->\n(.*?)\n?<!-- end -->", re.DOTALL)
 
@@ -733,6 +733,13 @@ def test_a_curve_is_of_one_training(empty, pictures):
     assert pictures.curves("embedded")["AdvMask", "PGD"] == [(8, 50.0, 0), (16, 75.0, 0)]
 
 
+def test_the_curve_over_widths_is_the_table(empty, pictures):
+    for width, outcomes in ((96, "2210"), (288, "2220")):
+        plant(empty, "scale", f"width {width}, TeCoA", "caltech101", outcomes)
+    assert pictures.over_widths("PGD") == {"TeCoA": [(96, 50.0, 0), (288, 75.0, 0)]}
+    assert pictures.over_widths("clean") == {"TeCoA": [(96, 75.0, 0), (288, 75.0, 0)]}
+
+
 def test_the_marks_of_the_methods_are_the_table(empty, pictures):
     for seed, outcomes in ((1, "2210"), (2, "2220")):
         plant(empty, "main", "TeCoA", "embedded", outcomes, seed)
@@ -740,7 +747,7 @@ def test_the_marks_of_the_methods_are_the_table(empty, pictures):
     assert pictures.marks("main", "embedded") == {"TeCoA": ((75.0, 0.0), (62.5, spread))}
 
 
-@pytest.mark.parametrize("name", ["shots.png", "methods.png", "rivals.png"])
+@pytest.mark.parametrize("name", ["shots.png", "methods.png", "rivals.png", "scale.png"])
 def test_pictures_are_opaque_and_white(name):
     image = common.Image.open(RESULTS / name).convert("RGBA")
     assert image.getchannel("A").getextrema() == (255, 255)

@@ -1,0 +1,202 @@
+"""Method or scale? What the table scale does not show: paired differences, and movement of weights.
+
+    python results/sweep.py scale scale-val --data-root DATA    # first: the runs
+    python results/scale.py                                     # measure their adapters
+    python results/scale.py --write                             # put the tables into RESULTS.md
+
+The difference of two rows is counted image by image, and its 95 % interval is over the images: with
+d_i the mean over seeds of (right in the first) - (right in the second), mean(d) +- 1.96 sd(d) /
+sqrt(n). A line of movement.jsonl is a run's adapter:
+
+movement is |theta' - theta| / |theta|, with the norm over all entries: of the attention matrices,
+which AdvMask masks, and of the whole image tower. off is the share of the attention's entries that
+became zero, and size their mean |theta|, as a share of the mean |theta| of all of them.
+"""
+
+import argparse
+import importlib
+import json
+import pathlib
+import statistics
+import sys
+
+import safetensors
+import torch
+
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE))
+import sweep
+from experiments import WIDTHS
+
+import common
+
+FILE = HERE / "movement.jsonl"
+PAGE = HERE / "RESULTS.md"
+DIFFERENCES = "<!-- differences -->"
+MOVEMENT = "<!-- movement -->"
+OTHERS = "TeCoA", "AdvLoRA"  # what AdvMask is compared with
+PROGRAMS = {"advmask": "advmask", "advlora": "advlora", "tecoa": "baselines.tecoa"}
+
+
+# ------------------------------------------------------------------------------------------------
+# Differences
+# ------------------------------------------------------------------------------------------------
+
+
+def paired(first, second, right):
+    """Outcomes of two methods (seeds, images) -> the mean difference in points, its interval.
+
+    right: the digits that count as right, "12" of a clean image, "2" of an attacked one. Every
+    seed of `first` has its partner in `second`.
+    """
+    seeds = []
+    for a, b in zip(first, second, strict=True):
+        pairs = zip(a, b, strict=True)
+        seeds.append([(x in right) - (y in right) for x, y in pairs])
+    d = 100 * torch.tensor(seeds, dtype=torch.float64).mean(0)
+    half = 1.96 * d.std().item() / len(d) ** 0.5
+    return d.mean().item(), d.mean().item() - half, d.mean().item() + half
+
+
+def outcomes(row):
+    """{seed: outcomes} of a row of the table scale."""
+    lines = sweep.find("scale", row, "caltech101")
+    if lines is None:
+        return {}
+    return {line["seed"]: line["after"]["outcomes"] for line in lines.lines}
+
+
+def differences():
+    """AdvMask less another method, at every width, as Markdown."""
+    head = ["width", "AdvMask less", "seeds", "clean", "PGD-100"]
+    body = []
+    for width in WIDTHS:
+        mine = outcomes(f"width {width}, AdvMask")
+        for other in OTHERS:
+            theirs = outcomes(f"width {width}, {other}")
+            seeds = sorted(set(mine) & set(theirs))
+            if not seeds:
+                continue
+            cells = [str(width), other, str(len(seeds))]
+            for right in ("12", "2"):
+                mean, low, high = paired(
+                    [mine[k] for k in seeds], [theirs[k] for k in seeds], right
+                )
+                cells.append(f"{mean:+.1f} ({low:+.1f} to {high:+.1f})")
+            body.append(cells)
+    return sweep.markdown(head, body)
+
+
+# ------------------------------------------------------------------------------------------------
+# Movement
+# ------------------------------------------------------------------------------------------------
+
+
+def weights(clip):
+    """{name: theta} of the image tower."""
+    return {name: p.detach().float() for name, p in clip.visual.named_parameters()}
+
+
+def movement(before, after, names):
+    """|theta' - theta| / |theta| over these weights."""
+    moved = sum((after[name] - before[name]).square().sum().item() for name in names)
+    length = sum(before[name].square().sum().item() for name in names)
+    return (moved / length) ** 0.5
+
+
+def switched_off(before, after, names):
+    """-> the share of the entries that became zero; the mean |theta| of these by that of all."""
+    theta = torch.cat([before[name].flatten() for name in names])
+    off = (torch.cat([after[name].flatten() for name in names]) == 0) & (theta != 0)
+    if not off.any():
+        return 0.0, None
+    return off.float().mean().item(), (theta[off].abs().mean() / theta.abs().mean()).item()
+
+
+def measure(folder):
+    """What the run that left this folder did to the weights -> dict."""
+    with safetensors.safe_open(folder / "adapter.safetensors", "pt") as adapter:
+        facts = adapter.metadata()
+    clip, _ = common.load_clip(facts["model"], facts["pretrained"])
+    before = weights(clip)
+    program = importlib.import_module(PROGRAMS[facts["method"]])
+    after = weights(program.load(folder).clip)
+    attention = [name for name in before if name.endswith(("in_proj_weight", "out_proj.weight"))]
+    off, size = switched_off(before, after, attention)
+    return {
+        "method": facts["method"],
+        "model": facts["model"],
+        "commit": facts["commit"],
+        "attention": movement(before, after, attention),
+        "tower": movement(before, after, list(before)),
+        "off": off,
+        "size": size,
+    }
+
+
+def read():
+    """The lines -> [dict]."""
+    if not FILE.exists():
+        return []
+    return [json.loads(line) for line in FILE.read_text().splitlines()]
+
+
+def identity(line):
+    """What there is one line of."""
+    return line["row"], line["seed"]
+
+
+def collect():
+    """Measure the adapters of the table scale that have no line yet."""
+    have = {identity(line) for line in read()}
+    for run in sweep.runs(["scale"]):
+        for file in run.folder.glob("*/adapter.safetensors"):
+            if (run.row, run.seed) in have:
+                continue
+            line = {"row": run.row, "seed": run.seed, **sweep.shorten(measure(file.parent))}
+            sweep.write_lines(FILE, [*read(), line], identity)
+            print(json.dumps(line), flush=True)
+
+
+def movements():
+    """The lines as Markdown, in the order of the table scale."""
+    head = ["run", "seeds", "attention moved", "image tower moved", "attention off", "size of that"]
+    body = []
+    for row in sweep.TABLES["scale"].rows:
+        lines = [line for line in read() if line["row"] == row]
+        if not lines:
+            continue
+        cells = [row, str(len(lines))]
+        for key in ("attention", "tower"):
+            cells.append(f"{100 * statistics.mean(line[key] for line in lines):.1f} %")
+        off, size = "", ""
+        if lines[0]["off"]:
+            off = f"{100 * statistics.mean(line['off'] for line in lines):.1f} %"
+            size = f"{statistics.mean(line['size'] for line in lines):.2f}"
+        body.append([*cells, off, size])
+    return sweep.markdown(head, body)
+
+
+# ------------------------------------------------------------------------------------------------
+# The program
+# ------------------------------------------------------------------------------------------------
+
+
+def fill(text):
+    """The page with both tables between their markers."""
+    text = sweep.put(text, DIFFERENCES, differences())
+    return sweep.put(text, MOVEMENT, movements())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="put the tables into RESULTS.md")
+    if parser.parse_args().write:
+        PAGE.write_text(fill(PAGE.read_text()))
+        return
+    collect()
+
+
+if __name__ == "__main__":
+    sweep.guard(main)

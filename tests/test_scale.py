@@ -1,0 +1,84 @@
+"""results/scale.py: paired differences, how far weights move, and what RESULTS.md says of both."""
+
+import importlib
+import pathlib
+import re
+
+import pytest
+import torch
+
+import advmask
+import common
+
+HERE = pathlib.Path(__file__).resolve().parent.parent
+RESULTS = HERE / "results"
+PAGE = (RESULTS / "RESULTS.md").read_text()
+
+
+@pytest.fixture
+def scale(monkeypatch):
+    """The module results/scale.py."""
+    monkeypatch.syspath_prepend(RESULTS)
+    return importlib.import_module("scale")
+
+
+def test_the_page_shows_the_tables_that_the_lines_give(scale):
+    assert PAGE == scale.fill(PAGE), "run python results/scale.py --write"
+    assert scale.DIFFERENCES in PAGE and scale.MOVEMENT in PAGE
+
+
+def test_every_key_of_a_line_is_explained_and_its_commit_is_clean(scale):
+    explained = set(re.findall(r"`(\w+)`", (RESULTS / "README.md").read_text()))
+    for line in scale.read():
+        assert set(line) <= explained, set(line) - explained
+        assert re.fullmatch("[0-9a-f]{12}", line["commit"])
+
+
+def test_a_difference_is_paired_by_seed_and_image(scale):
+    # robust: images 1, 2 of the first method; image 2 of the second, and image 1 with one seed
+    first, second = ["0221", "0220"], ["0022", "0220"]
+    mean, low, high = scale.paired(first, second, "2")
+    # d = the mean over the seeds of 0, 1 and 0, 0 and 0, -1 and 0
+    d = 100 * torch.tensor([0, 0.5, 0, -0.5])
+    assert mean == pytest.approx(d.mean().item())
+    assert high - mean == pytest.approx(1.96 * d.std().item() / 2) == mean - low
+    # clean: image 1 of the first method with the first seed
+    assert scale.paired(first, second, "12")[0] == pytest.approx(100 * 0.5 / 4)
+
+
+def test_two_rows_with_other_seeds_are_not_paired(scale):
+    with pytest.raises(ValueError):
+        scale.paired(["02"], ["02", "02"], "2")
+
+
+def test_movement_is_the_relative_distance_over_all_weights(scale):
+    before = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([[4.0]])}
+    after = {"a": torch.tensor([3.0, 1.0]), "b": torch.tensor([[6.0]])}
+    assert scale.movement(before, after, ["a", "b"]) == pytest.approx(5**0.5 / 5)
+    assert scale.movement(before, after, ["b"]) == pytest.approx(0.5)
+
+
+def test_what_is_off_was_not_zero_before(scale):
+    before = {"a": torch.tensor([3.0, 0.0, -2.0, 1.0])}
+    after = {"a": torch.tensor([0.0, 0.0, -2.0, 0.0])}
+    share, size = scale.switched_off(before, after, ["a"])
+    assert (share, size) == (0.5, pytest.approx(2 / 1.5))
+    assert scale.switched_off(before, before, ["a"]) == (0.0, None)
+
+
+def test_a_run_of_advmask_is_measured_by_its_bits(scale, program, tmp_path):
+    few = "--steps", 20, "--test-limit", 1, "--test-steps", 1, "--device", "cpu", "--out", tmp_path
+    assert program("advmask", *few).code == 0
+    (folder,) = tmp_path.glob("*/")
+    line = scale.measure(folder)
+    tensors, facts = common.load_adapter(folder, "advmask", [])
+    clip, _ = common.load_clip("tiny")
+    theta = {name: p.detach().clone() for name, p in clip.named_parameters()}
+    masks = advmask.attach(clip, advmask.vision_weights(clip, "attn"))
+    advmask.unpack(masks, tensors)
+    lost = sum(theta[name][~mask.kept()].square().sum().item() for name, mask in masks.items())
+    length = sum(theta[name].square().sum().item() for name in masks)
+    assert line["off"] == pytest.approx(advmask.share_off(masks), rel=1e-3)
+    assert line["attention"] == pytest.approx((lost / length) ** 0.5, rel=1e-3)
+    assert 0 < line["tower"] < line["attention"] and line["size"] > 1
+    assert (line["method"], line["commit"]) == ("advmask", facts["commit"])
