@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 
@@ -58,40 +59,94 @@ def test_every_key_of_a_line_is_explained(script):
         assert set(line) <= explained, set(line) - explained
 
 
+def of_seeds(lines, example):
+    """{row: [what a run measured, ...]} of an example."""
+    rows = {}
+    for line in lines:
+        if line["example"] == example:
+            for name, row in line["rows"].items():
+                rows.setdefault(name, []).append(row)
+    return rows
+
+
+def mean(runs, key):
+    return statistics.mean(run[key] for run in runs)
+
+
 def test_the_pages_state_what_the_examples_found(monkeypatch):
     monkeypatch.syspath_prepend(RESULTS)
     lines = importlib.import_module("run_examples").read()
-    page, readme = (" ".join(text.split()) for text in (PAGE, (HERE / "README.md").read_text()))
-    success = {}
+    page, readme, program, search = (
+        " ".join((HERE / file).read_text().split())
+        for file in (
+            "results/RESULTS.md",
+            "README.md",
+            "examples/backdoor.py",
+            "examples/retrieval.py",
+        )
+    )
+    left = {}
     for dataset in ("embedded", "caltech101"):
-        (rows,) = [line["rows"] for line in lines if line["example"] == f"backdoor, {dataset}"]
-        success[dataset] = {name: round(row["success"]) for name, row in rows.items()}
-        found = [success[dataset][name] for name in ("backdoored", "AdvLoRA", "AdvMask")]
+        rows = of_seeds(lines, f"backdoor, {dataset}")
+        left[dataset] = {name: round(mean(runs, "success")) for name, runs in rows.items()}
+        found = [left[dataset][name] for name in ("backdoored", "AdvLoRA", "AdvMask")]
         assert "of {} % success {} and {} are left".format(*found) in page
-        assert max(row["no_patch"] for row in rows.values()) < 4
-    assert f"without an attack, leaves {success['embedded']['plain LoRA']}." in page
-    assert f"plain LoRA leaves {success['caltech101']['plain LoRA']}." in page
-    found = [success["embedded"][name] for name in ("backdoored", "AdvLoRA", "AdvMask")]
+        names = ("backdoored", "AdvMask", "AdvLoRA", "full adversarial", "full clean")
+        text = " ".join(str(left[dataset][name]) for name in names)
+        numbers = re.findall(r"falls from .*? leaves \d+", program)[dataset == "caltech101"]
+        told = re.findall(r"\d+", numbers)
+        assert told == [*text.split(), str(left[dataset]["plain LoRA"])]
+        for name, runs in rows.items():
+            assert mean(runs, "no_patch") < 4
+        for a, b in zip(rows["plain LoRA"], rows["AdvLoRA"]):
+            assert b["intervals"]["success"][1] < a["intervals"]["success"][0]
+        clean = [f"{run['success']:.0f}" for run in rows["full clean"]]
+        assert " and ".join(clean) in page
+    assert f"without an attack, leaves {left['embedded']['plain LoRA']}." in page
+    assert f"plain LoRA leaves {left['caltech101']['plain LoRA']}." in page
+    full = [left[dataset]["full adversarial"] for dataset in ("embedded", "caltech101")]
+    assert "leaves {} and {}.".format(*full) in page
+    found = [left["embedded"][name] for name in ("backdoored", "AdvLoRA", "AdvMask")]
     assert "of {} % success AdvLoRA leaves {}, AdvMask {}".format(*found) in readme
 
-    (rows,) = [line["rows"] for line in lines if line["example"] == "poisoned shots, embedded"]
+    rows = of_seeds(lines, "poisoned shots, embedded")
     mask = rows["AdvMask"]
-    added = mask["success"] - mask["no_patch"]
-    assert f"adds {added:.0f} point to the {mask['no_patch']:.0f} % of images" in page
-    assert f"clean accuracy falls to {mask['clean']:.1f}." in page
+    without = mean(mask, "no_patch")
+    assert f"adds {mean(mask, 'success') - without:.0f} point to the {without:.0f} %" in page
+    assert f"clean accuracy falls to {mean(mask, 'clean'):.1f}." in page
     for name in ("AdvLoRA", "full adversarial", "plain LoRA", "full clean"):
-        assert rows[name]["success"] > 95
+        assert min(run["success"] for run in rows[name]) > 95
 
-    (retrieval,) = [line["rows"] for line in lines if line["example"] == "retrieval"]
-    found = {}
-    for name, row in retrieval.items():
-        found[name] = row["pgd"]["100"]["image_to_text"]["R@10"]
+    rows = of_seeds(lines, "retrieval")
+    attacked, clean = {}, {}
+    for name, runs in rows.items():
+        attacked[name] = [run["pgd"]["100"] for run in runs]
+        clean[name] = mean([run["clean"]["image_to_text"] for run in runs], "R@10")
+    found = {
+        name: mean([run["image_to_text"] for run in runs], "R@10")
+        for name, runs in attacked.items()
+    }
+    back = {
+        name: mean([run["text_to_image"] for run in runs], "R@10")
+        for name, runs in attacked.items()
+    }
     lora, full = found["AdvLoRA"], found["full fine-tuning"]
     assert f"is {lora:.1f} with AdvLoRA and {full:.1f} with full fine-tuning" in page
-    low, high = retrieval["full fine-tuning"]["pgd"]["100"]["interval"]
-    assert low <= lora <= high, "within noise"
-    share = retrieval["AdvLoRA"]["trained"] / retrieval["full fine-tuning"]["trained"]
-    assert f"with {100 * share:.0f} % of its numbers" in readme
+    assert f"AdvMask those of {found['AdvMask']:.1f} %" in page
+    assert f"falls from {clean['zero-shot']:.1f} to {clean['AdvMask']:.1f}." in page
+    assert (
+        f"R@10 is {back['full fine-tuning']:.1f}, with AdvLoRA {back['AdvLoRA']:.1f}, with" in page
+    )
+    assert (
+        "R@10 is {:.1f} zero-shot, {:.1f} with AdvMask, {:.1f} with".format(*found.values())
+        in search
+    )
+    assert "Clean it is {:.1f}, {:.1f}, {:.1f} and {:.1f}.".format(*clean.values()) in search
+    for run, other in zip(attacked["full fine-tuning"], attacked["AdvLoRA"]):
+        low, high = run["interval"]
+        assert low <= other["image_to_text"]["R@10"] <= high, "within noise"
+    trained = [rows[name][0]["trained"] for name in ("AdvLoRA", "full fine-tuning")]
+    assert f"with {100 * trained[0] / trained[1]:.0f} % of its numbers" in readme
 
 
 # ------------------------------------------------------------------------------------------------
