@@ -59,6 +59,13 @@ def test_the_pages_show_the_tables_that_the_lines_give(sweep):
     assert shown - {"readme"} == set(sweep.TABLES), "every table has its place"
 
 
+@pytest.mark.parametrize("name", ["RESULTS.md", "CHOICES.md", "RUNNING.md"])
+def test_the_text_of_a_page_has_at_most_100_columns(name):
+    for line in (RESULTS / name).read_text().splitlines():
+        free = line.startswith(("|", "<img", "python"))
+        assert free or len(line) <= 100, line
+
+
 def test_the_command_prints_the_tables_of_the_pages():
     command = [sys.executable, RESULTS / "sweep.py", "--table"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
