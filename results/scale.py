@@ -1,12 +1,14 @@
 """Method or scale? What the table scale does not show: paired differences, and movement of weights.
 
-    python results/sweep.py scale scale-val --data-root DATA    # first: the runs
-    python results/scale.py                                     # measure their adapters
+    python tiny/pretrain.py --data-root DATA --width 96         # and 192, 288, 384
+    python results/sweep.py scale scale-val --data-root DATA    # the runs
+    python results/scale.py                                     # keep the CLIPs, measure adapters
     python results/scale.py --write                             # put the tables into RESULTS.md
 
 The difference of two rows is counted image by image, and its 95 % interval is over the images: with
 d_i the mean over seeds of (right in the first) - (right in the second), mean(d) +- 1.96 sd(d) /
-sqrt(n). A line of movement.jsonl is a run's adapter:
+sqrt(n). A line of clips.jsonl is a CLIP, as tiny/pretrain.py measured it. A line of movement.jsonl
+is a run's adapter:
 
 movement is |theta' - theta| / |theta|, with the norm over all entries: of the attention matrices,
 which AdvMask masks, and of the whole image tower. off is the share of the attention's entries that
@@ -24,7 +26,8 @@ import safetensors
 import torch
 
 HERE = pathlib.Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(HERE))
 import sweep
 from experiments import WIDTHS
@@ -32,11 +35,39 @@ from experiments import WIDTHS
 import common
 
 FILE = HERE / "movement.jsonl"
+CLIPS_FILE = HERE / "clips.jsonl"
 PAGE = HERE / "RESULTS.md"
+CLIPS = "<!-- clips -->"
 DIFFERENCES = "<!-- differences -->"
 MOVEMENT = "<!-- movement -->"
 OTHERS = "TeCoA", "AdvLoRA"  # what AdvMask is compared with
 PROGRAMS = {"advmask": "advmask", "advlora": "advlora", "tecoa": "baselines.tecoa"}
+
+
+# ------------------------------------------------------------------------------------------------
+# The CLIPs
+# ------------------------------------------------------------------------------------------------
+
+
+def keep_clips():
+    """Keep what pre-training said of the CLIPs that are in tiny/work."""
+    kept = {line["width"]: line for line in read(CLIPS_FILE)}
+    for width in WIDTHS:
+        card = ROOT / "tiny" / "work" / f"width-{width}" / "pretrain.json"
+        if card.exists():
+            kept[width] = json.loads(card.read_text())
+    sweep.write_lines(CLIPS_FILE, list(kept.values()), lambda line: line["width"])
+
+
+def clips():
+    """The CLIPs as Markdown: zero-shot accuracy on all test images."""
+    head = ["width", "image tower", "zero-shot, caltech101", "zero-shot, embedded", "logit scale"]
+    body = []
+    for line in read(CLIPS_FILE):
+        accuracies = line["zero_shot_caltech101_test"], line["zero_shot_embedded_test"]
+        cells = [str(line["width"]), f"{line['image_tower_parameters']:,}"]
+        body.append([*cells, *(f"{value:.1f}" for value in (*accuracies, line["logit_scale"]))])
+    return sweep.markdown(head, body)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -135,11 +166,11 @@ def measure(folder):
     }
 
 
-def read():
+def read(file=FILE):
     """The lines -> [dict]."""
-    if not FILE.exists():
+    if not file.exists():
         return []
-    return [json.loads(line) for line in FILE.read_text().splitlines()]
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def identity(line):
@@ -184,7 +215,8 @@ def movements():
 
 
 def fill(text):
-    """The page with both tables between their markers."""
+    """The page with the tables between their markers."""
+    text = sweep.put(text, CLIPS, clips())
     text = sweep.put(text, DIFFERENCES, differences())
     return sweep.put(text, MOVEMENT, movements())
 
@@ -195,6 +227,7 @@ def main():
     if parser.parse_args().write:
         PAGE.write_text(fill(PAGE.read_text()))
         return
+    keep_clips()
     collect()
 
 

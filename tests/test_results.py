@@ -22,7 +22,7 @@ HERE = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = HERE / "results"
 PAGES = HERE / "README.md", RESULTS / "RESULTS.md", RESULTS / "CHOICES.md"
 # those of other scripts than sweep.py: test_records.py
-OTHERS = "autoattack", "examples", "movement"
+OTHERS = "autoattack", "clips", "examples", "movement"
 FILES = [file for file in sorted(RESULTS.glob("*.jsonl")) if file.stem not in OTHERS]
 MARKERS = re.compile(r"<!-- table (\S+) -->\n(.*?)\n?<!-- end -->", re.DOTALL)
 

@@ -24,12 +24,21 @@ def scale(monkeypatch):
 
 def test_the_page_shows_the_tables_that_the_lines_give(scale):
     assert PAGE == scale.fill(PAGE), "run python results/scale.py --write"
-    assert scale.DIFFERENCES in PAGE and scale.MOVEMENT in PAGE
+    for marker in (scale.CLIPS, scale.DIFFERENCES, scale.MOVEMENT):
+        assert marker in PAGE
+
+
+def test_zero_shot_is_that_of_the_clips(scale):
+    """On all test images in float32, and on 500 of them in bfloat16."""
+    for line in scale.read(scale.CLIPS_FILE):
+        row = scale.sweep.find("scale", f"width {line['width']}, zero-shot", "caltech101")
+        if row is not None:
+            assert abs(row.values["clean"][0] - line["zero_shot_caltech101_test"]) < 5
 
 
 def test_every_key_of_a_line_is_explained_and_its_commit_is_clean(scale):
     explained = set(re.findall(r"`(\w+)`", (RESULTS / "README.md").read_text()))
-    for line in scale.read():
+    for line in (*scale.read(), *scale.read(scale.CLIPS_FILE)):
         assert set(line) <= explained, set(line) - explained
         assert re.fullmatch("[0-9a-f]{12}", line["commit"])
 

@@ -30,6 +30,7 @@ import math
 import os
 import pathlib
 import random
+import subprocess
 import time
 from typing import NamedTuple
 
@@ -504,6 +505,15 @@ def embedded_test():
     return x, torch.tensor(arrays["test_y"]), FASHION
 
 
+def commit():
+    """What git calls this code, as the programs' results have it; empty without git."""
+    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
 def main():
     args = parser.parse_args()
     own = args.width is None  # the small CLIP of this folder
@@ -548,6 +558,7 @@ def main():
         "stages": args.stages,
         "batch_size": args.batch_size,
         "device": args.device,
+        "commit": commit(),
         "torch": torch.__version__,
         "open_clip": open_clip.__version__,
     }
