@@ -65,6 +65,13 @@ def curves(dataset, model="tiny"):
     return points
 
 
+def of_an_earlier_training(method, dataset, model):
+    """Has this curve's row of 2 shots a † in the tables?"""
+    name = f"{method}, 2 shots"
+    row = sweep.find("shots", name, dataset, model) if name in TABLES["shots"].rows else None
+    return row is not None and "optimizer" in row.lines[0]
+
+
 def marks(table, dataset, model="tiny"):
     """{row: ((mean, deviation) of clean, (mean, deviation) of PGD)} of a table."""
     found = {}
@@ -90,7 +97,8 @@ def draw_shots(datasets, model, eps):
     for panel, dataset in zip(axes, datasets):
         for (method, key), points in curves(dataset, model).items():
             shots, means, deviations = zip(*sorted(points))
-            label = f"{method}, {key}"
+            earlier = " †" if of_an_earlier_training(method, dataset, model) else ""
+            label = f"{method}{earlier}, {key}"
             colour = COLOURS[method]
             if method == "zero-shot":
                 line = STYLES[key][1:]

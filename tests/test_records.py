@@ -107,7 +107,9 @@ def test_the_pages_state_what_the_examples_found(monkeypatch):
     full = [left[dataset]["full adversarial"] for dataset in ("embedded", "caltech101")]
     assert "leaves {} and {}.".format(*full) in page
     found = [left["embedded"][name] for name in ("backdoored", "AdvLoRA", "AdvMask")]
-    assert "of {} % success AdvLoRA leaves {}, AdvMask {}".format(*found) in readme
+    assert left["embedded"]["full adversarial"] == left["embedded"]["AdvMask"]
+    sentence = "of {} % success AdvLoRA leaves {}, AdvMask and full fine-tuning {}."
+    assert sentence.format(*found) in readme
 
     rows = of_seeds(lines, "poisoned shots, embedded")
     mask = rows["AdvMask"]
@@ -146,7 +148,7 @@ def test_the_pages_state_what_the_examples_found(monkeypatch):
         low, high = run["interval"]
         assert low <= other["image_to_text"]["R@10"] <= high, "within noise"
     trained = [rows[name][0]["trained"] for name in ("AdvLoRA", "full fine-tuning")]
-    assert f"with {100 * trained[0] / trained[1]:.0f} % of its numbers" in readme
+    assert f"with {100 * trained[0] / trained[1]:.0f} % as many numbers" in page
 
 
 # ------------------------------------------------------------------------------------------------
