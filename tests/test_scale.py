@@ -3,6 +3,7 @@
 import importlib
 import pathlib
 import re
+import statistics
 
 import pytest
 import torch
@@ -41,6 +42,37 @@ def test_every_key_of_a_line_is_explained_and_its_commit_is_clean(scale):
     for line in (*scale.read(), *scale.read(scale.CLIPS_FILE)):
         assert set(line) <= explained, set(line) - explained
         assert re.fullmatch("[0-9a-f]{12}", line["commit"])
+
+
+def test_the_page_and_the_readme_state_what_the_widths_show(scale):
+    text, readme = " ".join(PAGE.split()), " ".join((HERE / "README.md").read_text().split())
+    found = {"12": [], "2": []}
+    for width in scale.WIDTHS:
+        mine, theirs = (scale.outcomes(f"width {width}, {name}") for name in ("AdvMask", "TeCoA"))
+        assert list(mine) == list(theirs) == [1, 2, 3]
+        for right, differences in found.items():
+            differences.append(scale.paired(mine.values(), theirs.values(), right))
+    behind = [-mean for mean, _, _ in found["2"]]
+    gap = f"{min(behind):.0f} to {max(behind):.0f} points behind full fine-tuning"
+    assert gap in text and gap in readme
+    assert max(high for _, _, high in found["2"]) < 0, "no interval reaches zero"
+    assert max(low for _, low, _ in found["2"]) < min(high for _, _, high in found["2"]), "overlap"
+    first, *_, last = found["12"]
+    assert f"from {-first[0]:.0f} points at width 96 to none at 384" in text
+    assert last[1] < 0 < last[2]
+    off = []
+    for width in (96, 384):
+        lines = scale.sweep.find("scale", f"width {width}, AdvMask", "caltech101").lines
+        off.append(100 * statistics.mean(line["off"] for line in lines))
+    assert f"{off[0]:.1f} % of the entries are off at width 96, and {off[1]:.1f} % at 384" in text
+    for width in scale.WIDTHS:
+        moved = {}
+        for line in scale.read():
+            if line["model"].endswith(f"width-{width}"):
+                moved.setdefault(line["method"], []).append(line["attention"])
+        assert min(moved["advmask"]) > 2 * max(moved["tecoa"])
+        zero_shot = scale.sweep.find("scale", f"width {width}, zero-shot", "caltech101")
+        assert zero_shot.values["PGD"][0] < 10
 
 
 def test_a_difference_is_paired_by_seed_and_image(scale):
