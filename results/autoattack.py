@@ -30,12 +30,7 @@ MARKER = "<!-- autoattack -->"
 
 def read():
     """The lines -> {(dataset, row of the table rivals): line}."""
-    lines = {}
-    if FILE.exists():
-        for line in FILE.read_text().splitlines():
-            line = json.loads(line)
-            lines[line["dataset"], line["row"]] = line
-    return lines
+    return {(line["dataset"], line["row"]): line for line in sweep.read_lines(FILE)}
 
 
 def order(line):

@@ -299,11 +299,9 @@ SCALE = {
     "AdvLoRA": (ADVLORA, ("", "--lr 3e-4", "--lr 3e-3", "--steps 300")),
     "TeCoA": (TECOA, ("", "--lr 1e-4", "--lr 1e-3", "--steps 300")),
 }
-# what val chose of SCALE: (method, width) -> arguments; "" where it is not listed
-CHOSEN = {}
 
 
-def of_width(width, method, text):
+def of_width(width, method, text=""):
     """The words of a method on the CLIP that `tiny/pretrain.py --width` made."""
     own = f"--model local-dir:tiny/work/width-{width} --eps 3/255"
     if method == "AdvMask":
@@ -324,14 +322,12 @@ def scale_val():
 
 
 def scale():
-    """The methods on CLIPs of other widths, each with what val chose."""
+    """The methods on CLIPs of other widths, each with its own rate and steps."""
     rows = {}
     for width in WIDTHS:
         rows[f"width {width}, zero-shot"] = ZeroShot("scale", f"width {width}, AdvMask")
         for method in SCALE:
-            rows[f"width {width}, {method}"] = of_width(
-                width, method, CHOSEN.get((method, width), "")
-            )
+            rows[f"width {width}, {method}"] = of_width(width, method)
     return Table(("caltech101",), SEEDS, rows, FEW)
 
 

@@ -44,9 +44,7 @@ def name_of(result):
 
 def read():
     """The lines -> [dict]."""
-    if not FILE.exists():
-        return []
-    return [json.loads(line) for line in FILE.read_text().splitlines()]
+    return sweep.read_lines(FILE)
 
 
 def identity(line):

@@ -10,9 +10,9 @@ d_i the mean over seeds of (right in the first) - (right in the second), mean(d)
 sqrt(n). A line of clips.jsonl is a CLIP, as tiny/pretrain.py measured it. A line of movement.jsonl
 is a run's adapter:
 
-movement is |theta' - theta| / |theta|, with the norm over all entries: of the attention matrices,
-which AdvMask masks, and of the whole image tower. off is the share of the attention's entries that
-became zero, and size their mean |theta|, as a share of the mean |theta| of all of them.
+attention and tower are |theta' - theta| / |theta|, with the norm over all entries of the attention
+matrices, which AdvMask masks, and over all of the image tower. off is the share of the attention's
+entries that became zero, and size their mean |theta|, as a share of the mean |theta| of all.
 """
 
 import argparse
@@ -51,7 +51,7 @@ PROGRAMS = {"advmask": "advmask", "advlora": "advlora", "tecoa": "baselines.teco
 
 def keep_clips():
     """Keep what pre-training said of the CLIPs that are in tiny/work."""
-    kept = {line["width"]: line for line in read(CLIPS_FILE)}
+    kept = {line["width"]: line for line in sweep.read_lines(CLIPS_FILE)}
     for width in WIDTHS:
         card = ROOT / "tiny" / "work" / f"width-{width}" / "pretrain.json"
         if card.exists():
@@ -63,7 +63,7 @@ def clips():
     """The CLIPs as Markdown: zero-shot accuracy on all test images."""
     head = ["width", "image tower", "zero-shot, caltech101", "zero-shot, embedded", "logit scale"]
     body = []
-    for line in read(CLIPS_FILE):
+    for line in sweep.read_lines(CLIPS_FILE):
         accuracies = line["zero_shot_caltech101_test"], line["zero_shot_embedded_test"]
         cells = [str(line["width"]), f"{line['image_tower_parameters']:,}"]
         body.append([*cells, *(f"{value:.1f}" for value in (*accuracies, line["logit_scale"]))])
@@ -166,13 +166,6 @@ def measure(folder):
     }
 
 
-def read(file=FILE):
-    """The lines -> [dict]."""
-    if not file.exists():
-        return []
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 def identity(line):
     """What there is one line of."""
     return line["row"], line["seed"]
@@ -180,13 +173,13 @@ def identity(line):
 
 def collect():
     """Measure the adapters of the table scale that have no line yet."""
-    have = {identity(line) for line in read()}
+    have = {identity(line) for line in sweep.read_lines(FILE)}
     for run in sweep.runs(["scale"]):
         for file in run.folder.glob("*/adapter.safetensors"):
             if (run.row, run.seed) in have:
                 continue
             line = {"row": run.row, "seed": run.seed, **sweep.shorten(measure(file.parent))}
-            sweep.write_lines(FILE, [*read(), line], identity)
+            sweep.write_lines(FILE, [*sweep.read_lines(FILE), line], identity)
             print(json.dumps(line), flush=True)
 
 
@@ -195,7 +188,7 @@ def movements():
     head = ["run", "seeds", "attention moved", "image tower moved", "attention off", "size of that"]
     body = []
     for row in sweep.TABLES["scale"].rows:
-        lines = [line for line in read() if line["row"] == row]
+        lines = [line for line in sweep.read_lines(FILE) if line["row"] == row]
         if not lines:
             continue
         cells = [row, str(len(lines))]

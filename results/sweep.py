@@ -56,12 +56,16 @@ def file_of(table, model="tiny"):
     return folder / f"{table}.jsonl"
 
 
-def read(table, model="tiny"):
-    """The lines of a table -> [dict]."""
-    file = file_of(table, model)
+def read_lines(file):
+    """The lines of a file -> [dict]; none where there is no file yet."""
     if not file.exists():
         return []
     return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def read(table, model="tiny"):
+    """The lines of a table -> [dict]."""
+    return read_lines(file_of(table, model))
 
 
 def identity(line):

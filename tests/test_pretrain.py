@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,6 +35,38 @@ def test_another_width_is_a_folder_that_the_programs_take(tmp_path, width):
         "open_clip_config.json",
         "open_clip_model.safetensors",
     ]
+
+
+def test_a_batch_mixes_the_sources_and_every_image_keeps_its_text():
+    # photograph k is k everywhere, its text id k + 1; garment k is of the class k % 10
+    images = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(6, 3, 64, 64)
+    pools = {
+        "tiny": torch.tensor([0, 1]),
+        "caltech": torch.tensor([2, 3]),
+        "flickr": torch.arange(4, 6),
+    }
+    texts = [["a"], ["b"], ["c"], ["d"], ["e"], *[[name] for name in pretrain.FASHION]]
+    garments = np.repeat(np.arange(20, dtype=np.uint8), 28 * 28).reshape(20, 28, 28)
+    labels = np.arange(20) % 10
+    ids = torch.arange(1, 7)
+    data = pretrain.Data(images, torch.zeros(6, 1), ids, pools, texts, 5, garments, labels)
+    counts = {"tiny": 3, "caltech": 2, "flickr": 4, "fashion": 5}
+    pictures, y, picks = pretrain.draw(data, counts, 7)
+    assert pictures.shape == (14, 3, 64, 64) and len(picks) == 9
+    shown = pictures[:, 0, 0, 0].long()
+    assert torch.equal(shown[:9], picks) and torch.equal(y[:9], picks + 1)
+    assert torch.equal(y[9:], 5 + shown[9:] % 10)
+    sources = [set(picks[:3].tolist()), set(picks[3:5].tolist()), set(picks[5:].tolist())]
+    assert all(source <= set(pool.tolist()) for source, pool in zip(sources, pools.values()))
+
+
+def test_every_class_has_a_prompt_and_only_captions_of_the_batch_are_read():
+    texts = [["cat"], *[[name] for name in pretrain.FASHION], ["first"], ["second", "second"]]
+    data = pretrain.Data(None, None, None, None, texts, 1, None, None)
+    prompts, ids = pretrain.draw_prompts(data, torch.tensor([12, 0, 3, 12]))
+    assert ids.tolist() == [*range(11), 12]
+    assert prompts[-1] == "second", "a caption stands as it is"
+    assert all(name[0] in prompt for name, prompt in zip(texts, prompts[:-1]))
 
 
 def test_a_width_that_three_heads_cannot_share_is_refused(tmp_path):

@@ -399,6 +399,14 @@ def test_the_formula_is_within_10_percent_of_the_peak_of_evaluation(
     assert peak == pytest.approx(16 * formula["evaluation"], rel=0.1)
 
 
+def test_without_a_gpu_nothing_is_measured(memory, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["memory.py", "--measure"])
+    with pytest.raises(SystemExit) as stop:
+        common.guard(memory.main)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: --measure needs a GPU, and torch finds none here\n"
+
+
 def test_the_weights_in_the_formula_are_the_models(memory):
     counts = [9_922_049, 151_277_313, 149_620_737, 427_616_513]
     assert [memory.memory(model)["weights"] for model in memory.MODELS] == [4 * n for n in counts]

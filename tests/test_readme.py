@@ -164,6 +164,15 @@ def test_what_was_found_is_what_the_table_shows():
     clean_fap, robust_fap = numbers("FAP")
     assert f"it is {robust - robust_fap:.0f} points above FAP under PGD" in text
     assert f"and {clean_fap - clean:.0f} below in clean accuracy" in text
+    page = (HERE / "results" / "RESULTS.md").read_text()
+    milliseconds, forwards = [], []
+    for method in ("AdvLoRA", "TeCoA"):
+        cells = rf"^\| {method} \| (\d+) \| \d+ % \|"
+        milliseconds.append(float(re.search(cells, page, re.MULTILINE)[1]))
+        cells = rf"^\| {method} \| \d+\.\d+ \| (\d+\.\d+) \| \d+ \|$"
+        forwards.append(float(re.search(cells, page, re.MULTILINE)[1]))
+    small, large = (100 * ours / theirs for ours, theirs in (milliseconds, forwards))
+    assert f"takes {small:.0f} % of the time, on ViT-B/32 {large:.0f} %" in text
     _, robust_tecoa = numbers("TeCoA")
     assert f"TeCoA is {robust_tecoa - robust:.0f} above AdvMask" in text
 

@@ -107,9 +107,15 @@ def test_the_pages_state_what_the_examples_found(monkeypatch):
     full = [left[dataset]["full adversarial"] for dataset in ("embedded", "caltech101")]
     assert "leaves {} and {}.".format(*full) in page
     found = [left["embedded"][name] for name in ("backdoored", "AdvLoRA", "AdvMask")]
-    assert left["embedded"]["full adversarial"] == left["embedded"]["AdvMask"]
-    sentence = "of {} % success AdvLoRA leaves {}, AdvMask and full fine-tuning {}."
-    assert sentence.format(*found) in readme
+    assert "Of a backdoor's {} % success AdvLoRA leaves {}, AdvMask {}.".format(*found) in readme
+    took = []
+    for line in lines:
+        if line["seed"] == 2:
+            took.append((line["example"], f"{line['seconds']:.0f} s"))
+    took = dict(took)
+    first, second = took["backdoor, embedded"], took["backdoor, caltech101"]
+    assert f"the first took {first}, the second {second}" in program
+    assert f"It took {took['retrieval']} on two CPU cores" in search
 
     rows = of_seeds(lines, "poisoned shots, embedded")
     mask = rows["AdvMask"]

@@ -132,7 +132,8 @@ def test_the_final_iterate_is_a_little_above_the_best():
         for line in lines_of(file):
             if "pgd_final" in line["after"]:
                 differences.append(line["after"]["pgd_final"] - line["after"]["pgd"])
-    assert 0.1 < statistics.mean(differences) < 0.2
+    text = " ".join((RESULTS / "RESULTS.md").read_text().split())
+    assert f"it is {statistics.mean(differences):.2f} points above the best one" in text
 
 
 LONG = "AdvMask, 300 steps, budget 3, earlier"

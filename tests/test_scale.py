@@ -1,6 +1,7 @@
 """results/scale.py: paired differences, how far weights move, and what RESULTS.md says of both."""
 
 import importlib
+import json
 import pathlib
 import re
 import statistics
@@ -14,6 +15,10 @@ import common
 HERE = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = HERE / "results"
 PAGE = (RESULTS / "RESULTS.md").read_text()
+
+
+def lines_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 @pytest.fixture
@@ -31,7 +36,7 @@ def test_the_page_shows_the_tables_that_the_lines_give(scale):
 
 def test_zero_shot_is_that_of_the_clips(scale):
     """On all test images in float32, and on 500 of them in bfloat16."""
-    for line in scale.read(scale.CLIPS_FILE):
+    for line in lines_of(scale.CLIPS_FILE):
         row = scale.sweep.find("scale", f"width {line['width']}, zero-shot", "caltech101")
         if row is not None:
             assert abs(row.values["clean"][0] - line["zero_shot_caltech101_test"]) < 5
@@ -39,7 +44,7 @@ def test_zero_shot_is_that_of_the_clips(scale):
 
 def test_every_key_of_a_line_is_explained_and_its_commit_is_clean(scale):
     explained = set(re.findall(r"`(\w+)`", (RESULTS / "README.md").read_text()))
-    for line in (*scale.read(), *scale.read(scale.CLIPS_FILE)):
+    for line in (*lines_of(scale.FILE), *lines_of(scale.CLIPS_FILE)):
         assert set(line) <= explained, set(line) - explained
         assert re.fullmatch("[0-9a-f]{12}", line["commit"])
 
@@ -67,7 +72,7 @@ def test_the_page_and_the_readme_state_what_the_widths_show(scale):
     assert f"{off[0]:.1f} % of the entries are off at width 96, and {off[1]:.1f} % at 384" in text
     for width in scale.WIDTHS:
         moved = {}
-        for line in scale.read():
+        for line in lines_of(scale.FILE):
             if line["model"].endswith(f"width-{width}"):
                 moved.setdefault(line["method"], []).append(line["attention"])
         assert min(moved["advmask"]) > 2 * max(moved["tecoa"])
