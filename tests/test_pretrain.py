@@ -61,12 +61,12 @@ def test_a_batch_mixes_the_sources_and_every_image_keeps_its_text():
 
 
 def test_every_class_has_a_prompt_and_only_captions_of_the_batch_are_read():
-    texts = [["cat"], *[[name] for name in pretrain.FASHION], ["first"], ["second", "second"]]
+    texts = [["cat"], *[[name] for name in pretrain.FASHION], ["first"], ["second"], ["third"]]
     data = pretrain.Data(None, None, None, None, texts, 1, None, None)
-    prompts, ids = pretrain.draw_prompts(data, torch.tensor([12, 0, 3, 12]))
-    assert ids.tolist() == [*range(11), 12]
-    assert prompts[-1] == "second", "a caption stands as it is"
-    assert all(name[0] in prompt for name, prompt in zip(texts, prompts[:-1]))
+    prompts, ids = pretrain.draw_prompts(data, torch.tensor([13, 0, 11, 13]))
+    assert ids.tolist() == [*range(12), 13]
+    assert prompts[-2:] == ["first", "third"], "a caption stands as it is"
+    assert all(name[0] in prompt for name, prompt in zip(texts, prompts[:-2]))
 
 
 def test_a_width_that_three_heads_cannot_share_is_refused(tmp_path):

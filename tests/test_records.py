@@ -314,6 +314,14 @@ def test_a_run_without_an_adapter_is_refused_with_the_command_that_makes_it(auto
     assert autoattack.adapter("caltech101", "zero-shot") == "tiny"
 
 
+def test_zero_shot_is_attacked_on_its_dataset(autoattack, monkeypatch, capsys):
+    monkeypatch.setattr(autoattack, "missing", lambda: [("caltech101", "zero-shot")])
+    monkeypatch.setattr(sys, "argv", ["autoattack.py", "--list"])
+    autoattack.main()
+    words = shlex.split(capsys.readouterr().out)
+    assert words[1:5] == ["results/second_opinion.py", "tiny", "--dataset", "caltech101"]
+
+
 def test_the_commands_are_listed(script):
     command = [sys.executable, RESULTS / f"{script.__name__}.py", "--list"]
     listed = subprocess.run(command, capture_output=True, text=True)
