@@ -372,11 +372,13 @@ def main():
     clip = classifier.clip
     if args.steps is None:
         args.steps = max(100, 4 * math.ceil(len(images) / args.batch_size))
-    width = clip.visual.transformer.width
-    if args.rank > width:
-        raise common.Fault(f"--rank {args.rank} does not fit weights of width {width}")
     if args.towers == "both" and not hasattr(clip, "transformer"):
         raise common.Fault("this model has no text transformer to adapt; use --towers vision")
+    width = clip.visual.transformer.width
+    if args.towers == "both":
+        width = min(width, clip.transformer.width)
+    if args.rank > width:
+        raise common.Fault(f"--rank {args.rank} does not fit weights of width {width}")
 
     before, seconds, start = None, 0.0, {}  # with --load nothing is measured before, nor trained
     if args.load:

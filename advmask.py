@@ -76,7 +76,7 @@ def vision_weights(clip, weights="attn"):
     """Names of the weights that are masked in every vision block of an open_clip ViT.
 
     attn, the paper's default: in_proj (3d, d) and out_proj (d, d). mlp: c_fc (4d, d) and c_proj
-    (d, 4d). Or both. No biases.
+    (d, 4d). Or both. No biases (our choice).
     """
     attn = ("attn.in_proj_weight", "attn.out_proj.weight")
     mlp = ("mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -163,9 +163,9 @@ def lafa(z_clean, z_adv, p_true, eps_w=1e-6):
     """L_LAFA, layer-wise adaptive feature alignment (AdvMask) -> scalar.
 
     z_clean, z_adv (layers, b, d), as `features` gives them. p_true (b,), the network's own p(y|x)
-    of the true class on the clean image, a constant: softmax(logits_clean)[range(b), y]. E_B is the
-    mean over the batch. eps_w only keeps the division finite (our choice). The weight is the
-    image's, the same for every layer. Raises ValueError where shapes do not fit.
+    of the true class on the clean image: softmax(logits_clean)[range(b), y]. It is a constant, and
+    eps_w only keeps the division finite (both our choice). E_B is the mean over the batch. The
+    weight is the image's, the same for every layer. Raises ValueError where shapes do not fit.
 
     L = 1/(|Layers||B|) sum_l sum_x  p(y|x) / (E_B[p(y'|x')] + eps_w) * |z_clean^l - z_adv^l|_2^2
     """
@@ -337,7 +337,7 @@ def arguments():
     losses = ["ce", "js", "kl", "align", "lafa"]
     term = "second term of the loss; ce: none, CE alone"
     add("--loss", default="lafa", choices=losses, help=term)
-    lam = "lambda; default 50, as published, and 150 for the small CLIP (our choice)"
+    lam = "lambda; default 50, published for lafa, and 150 for the small CLIP (our choice)"
     add("--lam", type=common.at_least(0, float), help=lam)
     steps = "training steps; default 6 epochs, or 100 if that is more (our choice)"
     add("--steps", type=common.at_least(1), help=steps)

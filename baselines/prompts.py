@@ -22,8 +22,10 @@ the text tower, v_l in the image tower. The methods differ in where these come f
 F_l and G_l are linear maps with a bias, z the image's features, P the class probabilities, ~ marks
 the attacked image. The t stand at the places 1..n, behind the start token, in place of the
 template's first words, with which t_1 starts; class names and the rest stay. The v stand behind the
-patches and have no position; the last ones stay through the blocks that follow. Published are n = 2
-and 9 blocks of 12; the small CLIP has 4 text blocks, so prompts stand in front of 4 (our choice).
+patches and have no position. As in FAP's code v_1 passes the image tower's first norm, ln_pre, with
+the patches, and the last v stay through the blocks that follow. Published are n = 2 and 9 blocks of
+12; the small CLIP has 4 text blocks, so prompts stand in front of 4 (our choice). AdvMaPLe's maps
+are MaPLe's (our choice: in FAP's code it has those of FAP).
 
 Trained on ViT-B/32, with n tokens, L blocks, and widths d_t = 512 and d_v = 768: AdvVLP
 L n (d_t + d_v) = 23,040; AdvMaPLe L (n d_t + d_t d_v + d_v) = 3,555,072; FAP
@@ -52,8 +54,8 @@ class Prompts(nn.Module):
     """n tokens for each of the first `depth` blocks of a text and of an image tower.
 
     words (n, d_t): where t_1 starts. width: d_v, of the image tower. All else starts at
-    N(0, 0.02^2), and maps as torch's linear layers do (our choice). Raises ValueError where the
-    method is not advvlp, advmaple or fap.
+    N(0, 0.02^2), and maps as torch's linear layers do, as in FAP's code. Raises ValueError where
+    the method is not advvlp, advmaple or fap.
     """
 
     def __init__(self, method, words, width, depth):
@@ -110,9 +112,10 @@ def put(tokens, prompt, place, batch_first):
 def attach(clip, prompts):
     """Put Prompts into an open_clip model by hooks -> their handles, for `detach`.
 
-    t_1 takes the place of embedded words, and gets their positions; deeper prompts take the places
-    of the former block's. Behind the last block the v are dropped, so that CLIP pools what it
-    always does. Raises ValueError where a tower has too few blocks.
+    t_1 takes the place of embedded words, and gets their positions. v_1 is appended to the patches
+    in front of ln_pre. Deeper prompts take the places of the former block's. Behind the last block
+    the v are dropped, so that CLIP pools what it always does. Raises ValueError where a tower has
+    too few blocks.
     """
     towers = clip.visual.transformer, clip.transformer
     blocks = min(len(tower.resblocks) for tower in towers)
@@ -124,6 +127,9 @@ def attach(clip, prompts):
     def embedded(embedding, inputs, output):
         return put(output, prompts.text(0), 1, True)
 
+    def with_patches(ln_pre, inputs):
+        return put(inputs[0], prompts.vision(0), end, True)
+
     def drop(transformer, inputs, output):
         return output[:, :end]  # (b, tokens, d)
 
@@ -134,11 +140,11 @@ def attach(clip, prompts):
         handles.append(tower.resblocks[block].register_forward_pre_hook(hook))
 
     handles.append(clip.token_embedding.register_forward_hook(embedded))
+    handles.append(clip.visual.ln_pre.register_forward_pre_hook(with_patches))
     handles.append(clip.visual.transformer.register_forward_hook(drop))
-    for block in range(prompts.depth):
+    for block in range(1, prompts.depth):
         in_front(clip.visual.transformer, block, prompts.vision, end)
-        if block > 0:
-            in_front(clip.transformer, block, prompts.text, 1)
+        in_front(clip.transformer, block, prompts.text, 1)
     return handles
 
 
@@ -317,13 +323,27 @@ def load(folder, device="cpu", dtype="float32"):
     return classifier
 
 
+def kind(facts):
+    """-> method, length, depth, as an adapter file says. Raises common.Fault."""
+    try:
+        length, depth = int(facts["length"]), int(facts["depth"])
+    except ValueError:
+        length = depth = 0
+    if facts["variant"] not in TITLES or length < 1 or depth < 1:
+        found = f"method {facts['variant']!r}, length {facts['length']}, depth {facts['depth']}"
+        raise common.Fault(
+            f"the adapter was made with {found}; expected one that this program saved"
+        )
+    return facts["variant"], length, depth
+
+
 def restore(classifier, tensors, facts):
     """Prompt a classifier's CLIP as an adapter file says -> the Prompts. Raises common.Fault."""
     clip = classifier.clip
     embedding, width = clip.token_embedding.weight, clip.visual.transformer.width
+    method, length, depth = kind(facts)
     try:
-        words = embedding.new_zeros(int(facts["length"]), embedding.shape[1])
-        prompts = Prompts(facts["variant"], words, width, int(facts["depth"]))
+        prompts = Prompts(method, embedding.new_zeros(length, embedding.shape[1]), width, depth)
         prompts.load_state_dict(tensors)
         attach(clip, prompts.requires_grad_(False))
     except (ValueError, RuntimeError):
@@ -368,8 +388,7 @@ def main():
     if args.load:
         tensors, facts = common.load_adapter(args.load, "prompts", NEEDS)
         common.check_model(facts, args)
-        args.variant = facts["variant"]
-        args.length, args.depth = int(facts["length"]), int(facts["depth"])
+        args.variant, args.length, args.depth = kind(facts)
     folder = common.run_folder(args, args.variant)
 
     # CLIP, frozen, as a classifier; the few-shot images; the test sets

@@ -14,14 +14,15 @@ clean image near those of the original CLIP. This is an independent implementati
     A(x)_p = <z_p, t_y>  over patches p, stretched to [0, 1] and enlarged to the image's pixels
 
 A_0 is of the original CLIP. z_p is a patch's last token through CLIP's last norm and projection, at
-unit length, and t_y the text feature of the true class. The norms are over pixels: equal maps are
-224/64 times as far apart on ViT-B/32's images as on the small CLIP's, and the weights 0.08 and 0.05
-were published for the former.
+unit length (our choice: the paper's code divides every channel by its norm over all tokens), and
+t_y the text feature of the true class. The norms are over pixels: equal maps are 224/64 times as
+far apart on ViT-B/32's images as on the small CLIP's, and the weights 0.08 and 0.05 were published
+for the former.
 
 The paper trains with SGD, momentum 0.9, no weight decay, 1e-4, in batches of 128, 10 epochs of a
-whole data set (--published, with the batches of --batch-size). The default is AdamW
-with 3e-4 (our choice, on val: results/CHOICES.md). The number of trained parameters is the image
-tower's: 87,849,216 on ViT-B/32.
+whole data set (--published, with the batches of --batch-size; without its 1,000 steps of warm-up,
+which is more than 16 shots give: our choice). The default is AdamW with 3e-4 (our choice, on val:
+results/CHOICES.md). The number of trained parameters is the image tower's: 87,849,216 on ViT-B/32.
 """
 
 import copy
@@ -34,7 +35,7 @@ import torch.nn.functional as F
 import common
 
 # ------------------------------------------------------------------------------------------------
-# The method: pieces to copy. They need torch alone, and `attention` a model of open_clip
+# The method: pieces to copy. They need torch alone, `attach` and `attention` a model of open_clip
 # ------------------------------------------------------------------------------------------------
 
 

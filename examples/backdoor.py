@@ -156,7 +156,10 @@ def finetune(classifier, batches, steps, eps, lr):
 
 
 def adapt(name, classifier, batches, args):
-    """Adapt a classifier in place, by the method of this name with its program's defaults."""
+    """Adapt a classifier in place, by the method of this name in --steps steps.
+
+    All else is as its program has it by default.
+    """
     clip = classifier.clip
     if name == "AdvMask":
         lam = 150 if args.model == "tiny" else 50

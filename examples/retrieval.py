@@ -371,7 +371,10 @@ def train_weights(classifier, weights, batches, steps, eps, lr):
 
 
 def adapt(method, classifier, batches, args):
-    """Adapt a classifier in place, with the defaults of the method's program -> numbers trained."""
+    """Adapt a classifier in place, AdvLoRA in both towers -> numbers trained.
+
+    All else is as the method's program has it by default.
+    """
     clip = classifier.clip
     if method == "advmask":
         lam = 150 if args.model == "tiny" else 50

@@ -291,10 +291,13 @@ def test_the_loop_gets_what_the_arguments_say(run, arguments, lr, published):
         assert x.shape == (4, 3, 64, 64) and y.shape == (4,)
 
 
-@pytest.mark.parametrize("batch_size, steps", [(32, 100), (5, 128)])
-def test_the_default_number_of_steps(run, monkeypatch, batch_size, steps):
+@pytest.mark.parametrize(
+    "arguments, steps",
+    [((), 100), (("--batch-size", 5), 128), (("--batch-size", 5, "--published"), 320)],
+)
+def test_the_default_number_of_steps(run, monkeypatch, arguments, steps):
     monkeypatch.setattr(common, "batches", lambda *_: iter(()))
-    assert run("--batch-size", batch_size).call["steps"] == steps
+    assert run(*arguments).call["steps"] == steps
 
 
 def test_before_and_after_are_measured_and_told_apart(run, classifier, images):

@@ -533,6 +533,7 @@ OWN_FAULTS = {
     ("advmask", "unknown loss"): (("--loss", "mse"), ["--loss", "lafa"]),
     ("advlora", "rank 0"): (("--rank", "0"), ["--rank", "at least 1", "'0'"]),
     ("advlora", "rank 1000"): (("--rank", "1000"), ["--rank 1000", "192"]),
+    ("advlora", "rank 150 of text"): (("--rank", "150", "--towers", "both"), ["150", "128"]),
     ("advlora", "no text transformer"): (no_text_transformer, ["--towers vision"]),
     ("advlora", "unknown start"): (("--init", "gaussian"), ["--init", "kaiming"]),
     ("advlora", "clean weight -1"): (("--clean-weight", "-1"), ["--clean-weight", "'-1'"]),

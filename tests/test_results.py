@@ -411,6 +411,31 @@ def test_the_page_has_the_command_of_every_table_with_published_numbers(sweep):
         assert all("--model ViT-B-32-quickgelu" in line for line in listed)
 
 
+def test_the_page_repeats_the_published_numbers_of_the_tables(sweep):
+    page = (RESULTS / "RESULTS.md").read_text()
+    part = page.partition("## Published numbers")[2].partition("\n## ")[0]
+    shown = {}
+    for line in part.splitlines():
+        method, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        shown.setdefault(len(cells), {})[method.removesuffix(", 16 shots")] = cells
+    _, halves = sweep.PUBLISHED["base-to-new"]
+    for method, text in halves.items():
+        assert "base {}, new {}, H {}".format(*shown[3][method]) == text
+    _, transferred = sweep.PUBLISHED["transfer"]
+    for method, text in transferred.items():
+        assert shown[1][method] == [text]
+
+
+def test_the_published_means_are_those_of_the_published_rows():
+    page = (RESULTS / "RESULTS.md").read_text()
+    rows = re.findall(r"^\| ([a-z0-9_]+|mean of 11) \| (.*) / (.*) \| (.*) / (.*) \|$", page, re.M)
+    shown = {name: [float(cell) for cell in cells] for name, *cells in rows}
+    means = shown.pop("mean of 11")
+    assert set(shown) == set(common.DATASETS) - {"tiny_imagenet"}
+    for column, published in zip(zip(*shown.values()), means):
+        assert statistics.mean(column) == pytest.approx(published, abs=0.011)
+
+
 def test_a_row_of_another_table_is_not_run_twice(sweep):
     commands = [tuple(run.words) for run in sweep.runs(sweep.TABLES)]
     assert len(set(commands)) == len(commands)

@@ -77,17 +77,19 @@ def toy_batches(n):
 def image_tokens(clip, x, v=(), u=None):
     """The image tower written again, up to its last block -> tokens (b, 5, 8).
 
-    v: prompts of the first blocks. u: tokens that are appended once.
+    v: prompts of the first blocks. u: tokens that are appended once. The first ones pass ln_pre.
     """
     visual = clip.visual
     patches = visual.conv1(x).flatten(2).mT
     cls = visual.class_embedding.expand(len(x), 1, -1)
-    tokens = visual.ln_pre(torch.cat([cls, patches], 1) + visual.positional_embedding)
+    tokens = torch.cat([cls, patches], 1) + visual.positional_embedding
     end = tokens.shape[1]
-    if u is not None:
-        tokens = torch.cat([tokens, torch.stack([u] * len(x))], 1)
+    appended = v[0] if len(v) else u
+    if appended is not None:
+        tokens = torch.cat([tokens, torch.stack([appended] * len(x))], 1)
+    tokens = visual.ln_pre(tokens)
     for number, block in enumerate(visual.transformer.resblocks):
-        if number < len(v):
+        if 0 < number < len(v):
             tokens = torch.cat([tokens[:, :end], torch.stack([v[number]] * len(x))], 1)
         tokens = block(tokens)
     return tokens[:, :end]
@@ -401,7 +403,7 @@ def test_the_tokens_stand_behind_the_patches_and_are_dropped_at_the_end(classifi
     assert [tokens.shape for tokens in after] == 6 * [(65 + 5, 6, 192)]
     assert torch.equal(after[0][:65], before[0])
     for i in range(6):
-        assert torch.equal(after[0][65:, i], prompt.u)
+        torch.testing.assert_close(after[0][65:, i], classifier.clip.visual.ln_pre.forward(prompt.u))
     # appended once: deeper blocks get what the former made of them
     assert (after[1][65:] - after[0][65:]).abs().max() > 1e-3
     assert outputs[0].shape == (6, 65, 192)
@@ -430,12 +432,15 @@ def test_no_frame_and_no_tokens_are_clip(classifier, images):
         torch.testing.assert_close(classifier(x), before)
 
 
-def test_a_fresh_frame_is_zero_and_fresh_tokens_are_small():
+def test_a_fresh_frame_and_fresh_tokens_are_standard_normal_and_the_frame_can_start_at_zero():
     prompt = advvp.VisualPrompt(64, 9, 50, 192)
-    assert torch.equal(prompt.v, torch.zeros(3, 64**2 - 46**2))
-    # 9,600 draws from N(0, 0.02^2)
-    assert prompt.u.std().item() == pytest.approx(0.02, abs=0.001)
-    assert abs(prompt.u.mean().item()) < 0.001
+    assert prompt.v.shape == (3, 64**2 - 46**2)
+    for p in (prompt.v, prompt.u):
+        # 5,940 and 9,600 draws from N(0, 1)
+        assert p.std().item() == pytest.approx(1, abs=0.04)
+        assert abs(p.mean().item()) < 0.06
+    prompt = advvp.VisualPrompt(64, 9, 50, 192, spread=0)
+    assert not prompt.v.any() and prompt.u.std() > 0.9
 
 
 @pytest.mark.parametrize("size, frame", [(64, 33), (64, -1)])
@@ -510,8 +515,10 @@ def test_vision_prompts_stand_behind_the_patches_of_the_first_blocks(classifier,
     # tokens first, as common.Classifier runs the blocks: (tokens, b, d)
     assert [tokens.shape for tokens in after] == 6 * [(65 + 2, 6, 192)]
     assert torch.equal(after[0][:65], before[0])
-    for block in range(3):
-        for i in range(6):
+    for i in range(6):
+        first = classifier.clip.visual.ln_pre.forward(learned.vision(0))
+        torch.testing.assert_close(after[0][65:, i], first)
+        for block in (1, 2):
             assert torch.equal(after[block][65:, i], learned.vision(block))
     # behind the third block they go on as it left them
     assert (after[3][65:] - after[2][65:]).abs().max() > 1e-3
@@ -828,7 +835,7 @@ def test_the_original_looks_at_the_clean_image_once_a_step(monkeypatch):
 def train_advvp_again(start, batches, eps, lr, published):
     net = Toy()
     weights = snapshot(start)
-    optimizer = ByHand(weights, published)
+    optimizer = ByHand(weights, published, decay=5e-4)
     history = [snapshot(weights)]
 
     def logits(x):
@@ -1002,6 +1009,8 @@ def test_the_published_recipe_is_ten_epochs_at_the_published_rate(run, rival):
     assert (call["steps"], call["lr"], call["published"]) == (400, PUBLISHED_RATES[rival], True)
     if rival in METHODS:
         assert (call["warmup"], call["method"], call["lam"]) == (40, rival, 1.5)
+    if rival == "advvp":
+        assert call["prompt"].v.std() > 0.9
     if rival == "tgazsr":
         assert (call["refine"], call["constrain"]) == (0.08, 0.05)
         start = dict(call["original"].clip.visual.named_parameters())
@@ -1042,7 +1051,8 @@ def test_by_default_a_run_has_100_steps_and_prompts_fit_the_small_clip(run, riva
     signature = inspect.signature(MODULES[RIVALS[rival][0].rpartition(".")[2]].train)
     assert (call["steps"], call["published"]) == (100, False)
     assert finished.result["lr"] == call["lr"]
-    if rival != "tgazsr" and rival not in METHODS:
+    if rival == "advvp":
+        assert not call["prompt"].v.any()
         # 30/224 of 64 pixels
         assert finished.result["frame"] == 9 and finished.result["trained"] == 6900
     if rival in METHODS:
@@ -1078,6 +1088,7 @@ FAULTS = [
     ("tgazsr", ("--refine", "-1"), ["--refine", "'-1'"]),
     ("tgazsr", ("--constrain", "much"), ["--constrain", "'much'"]),
     ("advvp", ("--frame", "33"), ["--frame 33", "at most 32"]),
+    ("advvp", ("--frame", "0"), ["--frame", "at least 1"]),
     ("advvp", ("--export", "x"), ["--export", "--load"]),
     ("fap", ("--method", "coop"), ["--method", "advmaple"]),
     ("fap", ("--length", "5"), ["--length", "4"]),
@@ -1117,6 +1128,27 @@ def test_an_adapter_that_does_not_fit_is_one_sentence(tmp_path, classifier, riva
     module = save(tmp_path, rival, {"v": torch.zeros(3, 4)}, classifier)
     with pytest.raises(common.Fault, match="--model"):
         module.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "rival, key, value",
+    [
+        ("advvp", "frame", "wide"),
+        ("fap", "length", "long"),
+        ("fap", "depth", "0"),
+        ("fap", "variant", "coop"),
+    ],
+)
+def test_an_adapter_that_says_nonsense_is_one_sentence(
+    program, tmp_path, classifier, rival, key, value
+):
+    name = RIVALS[rival][0].rpartition(".")[2]
+    facts = {"frame": 9, "tokens": 5, "variant": rival, "length": 2, "depth": 4, key: value}
+    args = SimpleNamespace(model="tiny", pretrained="openai", **facts)
+    common.save_adapter(tmp_path / "run", {"v": torch.zeros(1)}, classifier, args, name)
+    answer = program(RIVALS[rival][0], "--load", tmp_path / "run", "--out", tmp_path / "out")
+    assert answer.code == 2
+    assert "was made with" in answer.err and value in answer.err and answer.err.count("\n") == 1
 
 
 def test_an_adapter_of_another_rival_is_refused(tmp_path, classifier):
