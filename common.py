@@ -916,7 +916,9 @@ def evaluate(
     own = torch.Generator()
     loader = DataLoader(Subset(images, mine), batch_size, num_workers=workers, generator=own)
 
-    rows, done, robust_so_far, low, high = [torch.zeros(0, 6)], 0, 0, 0.0, 1.0
+    rows = [torch.zeros(0, 6)]
+    done, robust_so_far = 0, 0
+    low, high = 0.0, 1.0
     for pixels, y in loader:
         x, y = as_float(pixels).to(device), y.to(device)
         low, high = min(low, x.min().item()), max(high, x.max().item())
@@ -1064,12 +1066,13 @@ def random_search(net, x, y, eps, queries=50):
     best = torch.full((len(y),), math.inf, device=x.device)
     height, width = x.shape[-2:]
     for query in range(queries):
-        side = max(1, min(height, width) // (1 if query < 5 else 4))
-        top = int(torch.randint(height - side + 1, (1,), generator=generator))
-        left = int(torch.randint(width - side + 1, (1,), generator=generator))
+        parts = 1 if query < 5 else 4
+        side = max(1, min(height, width) // parts)
+        row = int(torch.randint(height - side + 1, (1,), generator=generator))
+        column = int(torch.randint(width - side + 1, (1,), generator=generator))
         signs = 2 * torch.randint(2, (len(y), 3, 1, side), generator=generator) - 1
         tried = delta.clone()
-        tried[:, :, top : top + side, left : left + side] = eps * signs.to(x)
+        tried[:, :, row : row + side, column : column + side] = eps * signs.to(x)
         with torch.no_grad():
             logits = net((x + tried).clamp(0, 1))
         own = logits.gather(1, y[:, None])[:, 0]
@@ -1089,7 +1092,8 @@ def interval(right):
     n, p, z = len(right), right.double().mean().item(), 1.96
     middle = p + z**2 / (2 * n)
     half_width = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    low, high = ((middle + sign * half_width) / (1 + z**2 / n) for sign in (-1, 1))
+    low = (middle - half_width) / (1 + z**2 / n)
+    high = (middle + half_width) / (1 + z**2 / n)
     return [round(100 * max(0, low), 2), round(100 * min(1, high), 2)]
 
 
@@ -1209,7 +1213,8 @@ def save_adapter(folder, tensors, classifier, args, method):
 def load_adapter(path, method, needs):
     """-> tensors, metadata of an adapter file, or of the one in a run's folder. Raises Fault.
 
-    needs: the method's own keys that the metadata must have.
+    method: who must have made it, None for anyone. needs: the method's own keys that the metadata
+    must have.
     """
     path = pathlib.Path(path)
     if path.is_dir():
@@ -1223,7 +1228,7 @@ def load_adapter(path, method, needs):
         raise Fault(f"adapter {path} does not exist; {wanted}")
     except Exception as fault:  # safetensors has one error class for every broken header
         raise Fault(f"adapter {path} cannot be read ({fault})")
-    if facts.get("method", method) != method:
+    if method and facts.get("method", method) != method:
         raise Fault(f"adapter {path} was made by {facts['method']}, but this is {method}")
     missing = {"method", "model", "pretrained", "names", "template", *needs} - set(facts)
     if missing:

@@ -13,14 +13,12 @@ import argparse
 import json
 import pathlib
 import shlex
-import sys
 
-HERE = pathlib.Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path.insert(0, str(HERE))
 import sweep
 from experiments import BOTH, TABLES, Same
 
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parent
 FILE = HERE / "autoattack.jsonl"
 PAGE = HERE / "RESULTS.md"
 SEED, IMAGES = 1, 200

@@ -12,13 +12,11 @@ import argparse
 import json
 import pathlib
 import shlex
-import sys
+
+import sweep
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path.insert(0, str(HERE))
-import sweep
-
 FILE = HERE / "examples.jsonl"
 PAGE = HERE / "RESULTS.md"
 SEEDS = 1, 2, 3

@@ -22,13 +22,11 @@ import pathlib
 import statistics
 import sys
 
-import safetensors
 import torch
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
-sys.path.insert(0, str(HERE))
 import sweep
 from experiments import WIDTHS
 
@@ -99,8 +97,8 @@ def outcomes(row):
 
 
 def differences():
-    """AdvMask less another method, at every width, as Markdown."""
-    head = ["width", "AdvMask less", "seeds", "clean", "PGD-100"]
+    """AdvMask minus another method, at every width, as Markdown."""
+    head = ["width", "AdvMask minus", "seeds", "clean", "PGD-100"]
     body = []
     for width in WIDTHS:
         mine = outcomes(f"width {width}, AdvMask")
@@ -147,8 +145,7 @@ def switched_off(before, after, names):
 
 def measure(folder):
     """What the run that left this folder did to the weights -> dict."""
-    with safetensors.safe_open(folder / "adapter.safetensors", "pt") as adapter:
-        facts = adapter.metadata()
+    _, facts = common.load_adapter(folder, None, ["commit"])
     clip, _ = common.load_clip(facts["model"], facts["pretrained"])
     before = weights(clip)
     program = importlib.import_module(PROGRAMS[facts["method"]])
@@ -185,7 +182,7 @@ def collect():
 
 def movements():
     """The lines as Markdown, in the order of the table scale."""
-    head = ["run", "seeds", "attention moved", "image tower moved", "attention off", "size of that"]
+    head = ["run", "seeds", "attention moved", "image tower moved", "attention off", "their size"]
     body = []
     for row in sweep.TABLES["scale"].rows:
         lines = [line for line in sweep.read_lines(FILE) if line["row"] == row]

@@ -22,7 +22,6 @@ import sys
 import tempfile
 
 import open_clip
-import safetensors
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Subset
@@ -322,23 +321,11 @@ def find(text):
 
 def read_facts(path):
     """The metadata of a run's adapter. Raises Fault."""
-    if path.is_dir():
-        path = path / "adapter.safetensors"
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            facts = file.metadata() or {}
-    except Exception as fault:  # safetensors has one error class for every broken header
-        raise common.Fault(f"adapter {path} cannot be read ({fault})")
-    maker = facts.get("method", "nothing")
+    _, facts = common.load_adapter(path, None, OWN)
+    maker = facts["method"]
     if maker not in METHODS:
         known = ", ".join(METHODS)
-        raise common.Fault(f"adapter {path} says it was made by {maker}; expected one of {known}")
-    missing = {"model", "pretrained", *OWN} - set(facts)
-    if missing:
-        wanted = "expected a file that a program here saved"
-        raise common.Fault(
-            f"adapter {path} does not say its {', '.join(sorted(missing))}; {wanted}"
-        )
+        raise common.Fault(f"adapter {path} was made by {maker}; expected one of {known}")
     return facts
 
 

@@ -20,7 +20,6 @@ import json
 import os
 import pathlib
 import random
-import re
 import shlex
 import statistics
 import subprocess
@@ -437,18 +436,14 @@ def markdown(head, body):
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-MARKERS = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
 def fill(text):
     """A page with the tables between its markers, as the lines have them now."""
-
-    def filled(found):
-        name = found[2]
-        content = short_table() if name == "readme" else table(name)
-        return f"{found[1]}{content}\n{found[3]}"
-
-    return MARKERS.sub(filled, text)
+    for name in ("readme", *TABLES):
+        marker = f"<!-- table {name} -->"
+        if marker in text:
+            content = short_table() if name == "readme" else table(name)
+            text = put(text, marker, content)
+    return text
 
 
 # ------------------------------------------------------------------------------------------------

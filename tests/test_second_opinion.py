@@ -512,7 +512,7 @@ def adapter(folder, **facts):
     "facts, words",
     [
         ({"method": "other"}, "made by other"),
-        ({"method": None}, "made by nothing"),
+        ({"method": None}, "does not say its method"),
         ({"eps": None, "split": None}, "does not say its eps, split"),
         ({"eps": "much"}, "found 'much'"),
         ({"dataset": "cifar"}, "'cifar'"),
