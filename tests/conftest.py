@@ -2,10 +2,13 @@
 form, and programs that run in this process."""
 
 import importlib
+import json
 import os
 import pathlib
 import random
 import sys
+import urllib.error
+import urllib.request
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,6 +43,20 @@ def seeded():
     torch.manual_seed(0)
     random.seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_test_leaves_this_machine(monkeypatch):
+    def no_network(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", no_network)
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Evaluation without the sanity checks, which take longest."""
+    monkeypatch.setattr(common, "sanity", lambda *_: [])
 
 
 @pytest.fixture(scope="session")
@@ -174,3 +191,77 @@ def files_in(folder):
 @pytest.fixture(name="files_in")
 def files_in_fixture():
     return files_in
+
+
+def result_in(folder):
+    """What the one run under this folder wrote as its result."""
+    (path,) = folder.rglob("result.json")
+    return json.loads(path.read_text())
+
+
+def assert_fault(answer, *words):
+    """The program ended with one sentence on stderr, with these words in it, and code 2."""
+    assert answer.code == 2, answer.err
+    assert answer.err.startswith("error: ") and answer.err.endswith("\n"), answer.err
+    assert answer.err.count("\n") == 1, answer.err
+    for word in words:
+        assert word in answer.err, answer.err
+
+
+class ByHand:
+    """SGD with momentum 0.9, or Adam without weight decay, written out.
+
+    It moves the weights {name: tensor} in place.
+    """
+
+    def __init__(self, weights, published, decay=0.0):
+        self.weights = weights
+        self.published = published
+        self.decay = decay
+        self.steps = 0
+        self.first = {name: torch.zeros_like(p) for name, p in weights.items()}
+        self.second = {name: torch.zeros_like(p) for name, p in weights.items()}
+
+    def step(self, loss, rate):
+        gradients = torch.autograd.grad(loss, list(self.weights.values()))
+        self.steps += 1
+        for (name, p), g in zip(self.weights.items(), gradients):
+            if self.published:
+                self.first[name] = 0.9 * self.first[name] + g + self.decay * p.detach()
+                p.data -= rate * self.first[name]
+                continue
+            self.first[name] = 0.9 * self.first[name] + 0.1 * g
+            self.second[name] = 0.999 * self.second[name] + 0.001 * g**2
+            mean = self.first[name] / (1 - 0.9**self.steps)
+            square = self.second[name] / (1 - 0.999**self.steps)
+            p.data -= rate * mean / (square.sqrt() + 1e-8)
+
+
+def snapshot(weights):
+    return {name: p.detach().clone() for name, p in weights.items()}
+
+
+def compare(train, weights, batches, again):
+    """Run train(batches), note the weights before every step and in the end; compare with again().
+
+    Both start from the same random state. again() -> [{name: weight}, ...].
+    """
+    history = []
+
+    def watched():
+        for batch in batches:
+            history.append(snapshot(weights))
+            yield batch
+
+    state = torch.get_rng_state()
+    train(watched())
+    history.append(snapshot(weights))
+    torch.set_rng_state(state)
+    expected = again()
+    moved = 0.0
+    for found, wanted in zip(history, expected, strict=True):
+        for name in wanted:
+            # the rate of the loop is in single precision, which that of the loop again is not
+            torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=1e-7)
+            moved = max(moved, (found[name] - history[0][name]).abs().max().item())
+    assert moved > 1e-3, "something was trained"

@@ -473,80 +473,6 @@ def test_eval_and_train_change_no_weight(tiny):
             assert torch.equal(found, expected)
 
 
-def test_a_forward_pass_computes_each_adapted_weight_once(classifier, images, monkeypatch):
-    loras = attach(classifier.clip, 2)
-    calls = []
-    forward = advlora.ClusterLoRA.forward
-
-    def counted(lora, W_0):
-        calls.append(lora)
-        return forward(lora, W_0)
-
-    monkeypatch.setattr(advlora.ClusterLoRA, "forward", counted)
-    classifier(images[0])
-    assert len(calls) == len(set(calls)) == len(loras)
-
-
-# ------------------------------------------------------------------------------------------------
-# The attack
-# ------------------------------------------------------------------------------------------------
-
-
-def test_pgd_reaches_the_closed_form_on_a_linear_classifier(linear):
-    x_adv = advlora.pgd(linear.net, linear.x, linear.y, linear.eps, linear.eps / 2, steps=5)
-    logits = linear.net(x_adv)
-    margin = logits[range(40), linear.y] - logits[range(40), 1 - linear.y]
-    torch.testing.assert_close(margin, linear.worst, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("eps, size, steps", [(0.05, 0.4, 3), (0.6, 0.2, 4)])
-def test_pgd_stays_in_the_ball_and_among_pixels(linear, eps, size, steps):
-    x = torch.cat([torch.zeros(3, 3, 4, 4), torch.ones(3, 3, 4, 4), linear.x[:3]])
-    x_adv = advlora.pgd(linear.net, x, torch.arange(9) % 2, eps, size, steps)
-    assert len(linear.net.inputs) == steps
-    for iterate in (*linear.net.inputs, x_adv):
-        assert (iterate - x).abs().max() <= eps + 1e-6
-        assert iterate.min() >= 0 and iterate.max() <= 1
-    assert (x_adv - x).abs().max() > 0.99 * eps
-
-
-def test_pgd_starts_at_random_in_the_ball(linear):
-    first = advlora.pgd(linear.net, linear.x, linear.y, 0.1, 0.1, steps=0) - linear.x
-    second = advlora.pgd(linear.net, linear.x, linear.y, 0.1, 0.1, steps=0) - linear.x
-    assert not torch.equal(first, second)
-    # 1,920 draws from U(-0.1, 0.1), whose standard deviation is 0.1 / sqrt(3)
-    assert first.std().item() == pytest.approx(0.1 / math.sqrt(3), abs=0.003)
-
-
-def test_pgds_gradient_is_that_of_each_image_alone(linear):
-    outputs, gradients = [], []
-
-    def note(net, inputs, logits):
-        outputs.append(logits.detach())
-        logits.register_hook(gradients.append)
-
-    linear.net.register_forward_hook(note)
-    advlora.pgd(linear.net, linear.x, linear.y, linear.eps, linear.eps, 2)
-    assert len(gradients) == 2
-    for logits, gradient in zip(outputs, gradients):
-        # dCE/dlogits = softmax - onehot, with no 1 / batch
-        torch.testing.assert_close(gradient, logits.softmax(1) - F.one_hot(linear.y))
-
-
-def test_pgd_writes_no_gradient(classifier, images):
-    loras = attach(classifier.clip, 2)
-    x_adv = advlora.pgd(classifier, *images, 0.01, 0.01, 2)
-    assert not x_adv.requires_grad
-    assert all(p.grad is None for p in classifier.parameters())
-    assert all(lora.A.requires_grad for lora in loras.values())
-
-
-def test_pgd_says_that_the_gradient_is_not_finite(linear):
-    linear.net.W.data[0, 0] = math.nan
-    with pytest.raises(FloatingPointError, match="not finite"):
-        advlora.pgd(linear.net, linear.x, linear.y, 0.01, 0.01, 1)
-
-
 # ------------------------------------------------------------------------------------------------
 # The pieces, copied out of the file
 # ------------------------------------------------------------------------------------------------
@@ -591,16 +517,6 @@ def test_lora_attach_and_merge_can_be_copied(init):
             copy.attach(net, ["in_proj_weight"], **wrong)
     with pytest.raises(AttributeError):
         copy.attach(net, ["q_weight"])
-
-
-def test_pgd_can_be_copied(linear):
-    copy = copied(advlora, "pgd")
-    x_adv = copy.pgd(linear.net, linear.x, linear.y, linear.eps, linear.eps, 3)
-    logits = linear.net(x_adv)
-    margin = logits[range(40), linear.y] - logits[range(40), 1 - linear.y]
-    torch.testing.assert_close(margin, linear.worst, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="eval mode"):
-        copy.pgd(linear.net.train(), linear.x, linear.y, linear.eps, linear.eps, 3)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -685,16 +601,6 @@ def test_training_is_the_loop_written_again(clean_weight, text, eps, lr):
         for name in names:
             # the rate of the loop is in single precision, which that of the loop again is not
             torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=1e-7)
-
-
-def test_training_without_a_rate_changes_nothing(classifier, images):
-    x, _ = images
-    loras = attach(classifier.clip, 2, "attn", init="svd")
-    with torch.no_grad():
-        before = classifier(x)
-    advlora.train(classifier, loras, [images, images], 2, 0.01, lr=0)
-    with torch.no_grad():
-        assert torch.equal(classifier(x), before)
 
 
 def test_training_moves_the_factors_and_nothing_else(classifier, images):

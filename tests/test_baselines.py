@@ -7,6 +7,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ByHand, compare, snapshot
 from test_advmask import attacked, copied, quick, toy_batches
 from torch import nn
 
@@ -66,73 +67,8 @@ def test_number_of_trained_parameters_in_vit_b_32():
 
 
 # ------------------------------------------------------------------------------------------------
-# TeCoA: the attack, and the pieces copied out of the file
+# TeCoA: the pieces, copied out of the file
 # ------------------------------------------------------------------------------------------------
-
-
-def test_pgd_reaches_the_closed_form_on_a_linear_classifier(linear):
-    x_adv = tecoa.pgd(linear.net, linear.x, linear.y, linear.eps, linear.eps / 2, steps=5)
-    logits = linear.net(x_adv)
-    margin = logits[range(40), linear.y] - logits[range(40), 1 - linear.y]
-    torch.testing.assert_close(margin, linear.worst, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("eps, size, steps", [(0.05, 0.4, 3), (0.6, 0.2, 4)])
-def test_pgd_stays_in_the_ball_and_among_pixels(linear, eps, size, steps):
-    x = torch.cat([torch.zeros(3, 3, 4, 4), torch.ones(3, 3, 4, 4), linear.x[:3]])
-    x_adv = tecoa.pgd(linear.net, x, torch.arange(9) % 2, eps, size, steps)
-    assert len(linear.net.inputs) == steps
-    for iterate in (*linear.net.inputs, x_adv):
-        assert (iterate - x).abs().max() <= eps + 1e-6
-        assert iterate.min() >= 0 and iterate.max() <= 1
-    assert (x_adv - x).abs().max() > 0.99 * eps
-
-
-def test_pgd_starts_at_random_in_the_ball(linear):
-    first = tecoa.pgd(linear.net, linear.x, linear.y, 0.1, 0.1, steps=0) - linear.x
-    second = tecoa.pgd(linear.net, linear.x, linear.y, 0.1, 0.1, steps=0) - linear.x
-    assert not torch.equal(first, second)
-    # 1,920 draws from U(-0.1, 0.1), whose standard deviation is 0.1 / sqrt(3)
-    assert first.std().item() == pytest.approx(0.1 / math.sqrt(3), abs=0.003)
-
-
-def test_pgds_gradient_is_that_of_each_image_alone(linear):
-    outputs, gradients = [], []
-
-    def note(net, inputs, logits):
-        outputs.append(logits.detach())
-        logits.register_hook(gradients.append)
-
-    linear.net.register_forward_hook(note)
-    tecoa.pgd(linear.net, linear.x, linear.y, linear.eps, linear.eps, 2)
-    assert len(gradients) == 2
-    for logits, gradient in zip(outputs, gradients):
-        # dCE/dlogits = softmax - onehot, with no 1 / batch
-        torch.testing.assert_close(gradient, logits.softmax(1) - F.one_hot(linear.y))
-
-
-def test_pgd_writes_no_gradient():
-    net = Toy()
-    parameters = tecoa.attach(net.clip)
-    x_adv = tecoa.pgd(net, *toy_batches(1)[0], 0.1, 0.1, 2)
-    assert not x_adv.requires_grad
-    assert all(p.grad is None and p.requires_grad for p in parameters.values())
-
-
-def test_pgd_says_that_the_gradient_is_not_finite(linear):
-    linear.net.W.data[0, 0] = math.nan
-    with pytest.raises(FloatingPointError, match="not finite"):
-        tecoa.pgd(linear.net, linear.x, linear.y, 0.01, 0.01, 1)
-
-
-def test_pgd_can_be_copied(linear):
-    copy = copied(tecoa, "pgd")
-    x_adv = copy.pgd(linear.net, linear.x, linear.y, linear.eps, linear.eps, 3)
-    logits = linear.net(x_adv)
-    margin = logits[range(40), linear.y] - logits[range(40), 1 - linear.y]
-    torch.testing.assert_close(margin, linear.worst, rtol=1e-4, atol=1e-4)
-    with pytest.raises(ValueError, match="eval mode"):
-        copy.pgd(linear.net.train(), linear.x, linear.y, linear.eps, linear.eps, 3)
 
 
 def test_attach_and_merge_can_be_copied():
@@ -149,39 +85,17 @@ def test_attach_and_merge_can_be_copied():
 # ------------------------------------------------------------------------------------------------
 
 
-def snapshot(parameters):
-    return {name: p.detach().clone() for name, p in parameters.items()}
-
-
-def train_again(net, batches, steps, eps, lr, published):
-    """The training on another Toy, with the optimisers written out.
-
-    -> [{name: weight} before every step, and at the end].
-    """
+def train_again(net, batches, eps, lr, published):
+    """The training on another Toy -> [{name: weight} before every step, and at the end]."""
     weights = {f"visual.{name}": p for name, p in net.clip.visual.named_parameters()}
-    first = {name: torch.zeros_like(p) for name, p in weights.items()}
-    second = {name: torch.zeros_like(p) for name, p in weights.items()}
+    optimizer = ByHand(weights, published)
     history = [snapshot(weights)]
     for t, (x, y) in enumerate(batches):
         x_adv = attacked(net, x, y, eps)
         net.clip.visual.requires_grad_(True)
-        F.cross_entropy(net(x_adv), y).backward()
+        rate = lr * (1 + math.cos(math.pi * t / len(batches))) / 2
+        optimizer.step(F.cross_entropy(net(x_adv), y), rate)
         net.clip.visual.requires_grad_(False)
-        rate = lr * (1 + math.cos(math.pi * t / steps)) / 2
-        for name, p in weights.items():
-            g = p.grad
-            p.grad = None
-            if published:
-                # SGD with momentum 0.9
-                first[name] = 0.9 * first[name] + g
-                p -= rate * first[name]
-            else:
-                # Adam, with no weight decay
-                first[name] = 0.9 * first[name] + 0.1 * g
-                second[name] = 0.999 * second[name] + 0.001 * g**2
-                mean = first[name] / (1 - 0.9 ** (t + 1))
-                square = second[name] / (1 - 0.999 ** (t + 1))
-                p -= rate * mean / (square.sqrt() + 1e-8)
         history.append(snapshot(weights))
     return history
 
@@ -191,33 +105,12 @@ def train_again(net, batches, steps, eps, lr, published):
 def test_training_is_the_loop_written_again(published, eps):
     net, plain, batches = Toy(), Toy(), toy_batches(8)
     parameters = tecoa.attach(net.clip)
-    history = []
 
-    def watched():
-        for batch in batches:
-            history.append(snapshot(parameters))
-            yield batch
+    def train(watched):
+        tecoa.train(net, parameters, watched, 8, eps, 0.02, published)
 
-    state = torch.get_rng_state()
-    tecoa.train(net, parameters, watched(), 8, eps, 0.02, published)
-    history.append(snapshot(parameters))
-    torch.set_rng_state(state)
-    expected = train_again(plain, batches, 8, eps, 0.02, published)
-    for found, wanted in zip(history, expected, strict=True):
-        for name in wanted:
-            # the rate of the loop is in single precision, which that of the loop again is not
-            torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=1e-7)
+    compare(train, parameters, batches, lambda: train_again(plain, batches, eps, 0.02, published))
     assert torch.equal(net.clip.words, plain.clip.words)
-
-
-@pytest.mark.parametrize("published", [False, True])
-def test_without_a_rate_clip_stays_bit_for_bit_what_it_was(classifier, images, published):
-    before = {name: value.clone() for name, value in classifier.clip.state_dict().items()}
-    parameters = tecoa.attach(classifier.clip)
-    tecoa.train(classifier, parameters, [images], 1, 0.01, 0, published)
-    tecoa.merge(classifier.clip, parameters)
-    after = classifier.clip.state_dict()
-    assert all(torch.equal(value, before[name]) for name, value in after.items())
 
 
 @pytest.mark.parametrize("published, lr", [(False, 1e-5), (True, 1e-4)])

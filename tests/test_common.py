@@ -70,26 +70,6 @@ def test_model_and_eps_depend_on_the_data_and_the_model(arguments, model, eps):
     assert (args.model, args.eps) == (model, eps)
 
 
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["--eps", "3"], "did you mean 3/255?"),
-        (["--transfer", "new"], "--classes base"),
-        (["--transfer", "new", "--classes", "new"], "--classes base"),
-        (["--transfer", "dtd", "dtd"], "dataset twice"),
-        (["--dataset", "dtd", "--transfer", "dtd"], "dataset twice"),
-        (["--dtype", "float16"], "float16 is refused"),
-        (["--device", "abacus"], "try --device cpu"),
-        (["--shots", "0"], "at least 1"),
-        (["--shot-gun", "1"], "--help lists the arguments"),
-    ],
-)
-def test_wrong_arguments_are_faults(arguments, words):
-    with pytest.raises(common.Fault) as fault:
-        parsed(*arguments)
-    assert words in str(fault.value)
-
-
 def test_transfer_to_new_and_others_is_allowed_from_base():
     args = parsed("--classes", "base", "--transfer", "new", "dtd")
     assert args.transfer == ["new", "dtd"]
@@ -349,16 +329,6 @@ def test_published_splits(layout, name):
         assert data.classes[item.label] == item.name.replace("_", " ")
 
 
-def test_a_split_of_other_content_is_refused(layout):
-    root, source = layout("oxford_pets"), common.DATASETS["oxford_pets"]
-    split = root / source.folder / source.split
-    lists = json.loads(split.read_text())
-    lists["test"][0][0] = "another.jpg"
-    split.write_text(json.dumps(lists))
-    with pytest.raises(common.Fault, match="not the published split"):
-        common.load_dataset("oxford_pets", root)
-
-
 def test_aircraft_is_read_from_its_own_lists(tmp_path):
     folder = tmp_path / "fgvc_aircraft"
     (folder / "images").mkdir(parents=True)
@@ -439,29 +409,6 @@ def test_folder_takes_names_from_classnames_txt(tmp_path, picture_folder):
     assert data.classes == ["tabby cat", "sled dog"]
     names = {item.name for item in data.test if "n01" in str(item.image)}
     assert names == {"tabby cat"}
-
-
-@pytest.mark.parametrize(
-    "content, words",
-    [(b"caf\xe9\ncat\n", "is not text in UTF-8"), (b"cat\n", "names 1 classes")],
-)
-def test_a_classnames_txt_that_does_not_fit_is_a_fault(tmp_path, picture_folder, content, words):
-    root = picture_folder(tmp_path / "d")
-    (root / "classnames.txt").write_bytes(content)
-    with pytest.raises(common.Fault, match=words) as fault:
-        common.load_folder(root)
-    assert str(root / "classnames.txt") in str(fault.value)
-
-
-@pytest.mark.parametrize(
-    "classes, n, words",
-    [((), 0, "0 sub-folders"), (("a",), 4, "1 sub-folders"), (("a", "b"), 2, "too few images, 2")],
-)
-def test_a_folder_with_too_little_is_a_fault(tmp_path, picture_folder, classes, n, words):
-    (tmp_path / "d").mkdir()
-    picture_folder(tmp_path / "d", classes, n)
-    with pytest.raises(common.Fault, match=words):
-        common.load_folder(tmp_path / "d")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -607,30 +554,6 @@ def test_crops_differ_from_step_to_step_and_repeat_with_the_seed(decoded):
 # ------------------------------------------------------------------------------------------------
 # Loading CLIP
 # ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "model, pretrained, words",
-    [
-        ("ViT-Z-99", "openai", "unknown model"),
-        ("ViT-B-32", "openai", "ViT-B-32-quickgelu"),
-        ("ViT-B-32-quickgelu", "/nowhere/at-all.pt", "could not load"),
-        ("local-dir:/nowhere/at-all", "openai", "could not load"),
-    ],
-)
-def test_a_model_that_cannot_be_loaded_is_a_fault(model, pretrained, words):
-    with pytest.raises(common.Fault, match=words):
-        common.load_clip(model, pretrained)
-
-
-def test_a_model_without_a_vision_transformer_is_a_fault(tiny, tmp_path):
-    _, config = tiny
-    vision = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 64, "patch_size": None}
-    config["model_cfg"]["vision_cfg"] = vision
-    clip = open_clip.CLIP(**config["model_cfg"])
-    common.export(clip, config, tmp_path / "resnet")
-    with pytest.raises(common.Fault, match="no vision transformer"):
-        common.load_clip(f"local-dir:{tmp_path / 'resnet'}")
 
 
 def test_a_loaded_model_is_frozen_and_in_eval_mode(tiny):
@@ -837,21 +760,15 @@ def test_prepare_halves_the_classes_and_tests_both_halves(embedded):
     assert names == set(embedded.classes[5:])
 
 
-def test_shots_are_drawn_before_the_classes_are_halved(embedded):
-    _, train, _ = common.prepare(parsed("--shots", 2, "--classes", "new", "--device", "cpu"))
+@pytest.mark.parametrize("part, first", [("base", 0), ("new", 5)])
+def test_shots_are_drawn_before_the_classes_are_halved(embedded, part, first):
+    _, train, _ = common.prepare(parsed("--shots", 2, "--classes", part, "--device", "cpu"))
     shots, _ = common.few_shot(embedded.train, embedded.val, 2, 1)
-    expected = common.decode([item for item in shots if item.label >= 5], 64)
+    expected = common.decode([item for item in shots if item.label // 5 == first // 5], 64)
     assert len(train) == len(expected) == 10
     for (found, label), (pixels, old) in zip(train, expected):
         assert torch.equal(found, pixels)
-        assert label == old - 5
-
-
-def test_halves_of_too_few_classes_are_a_fault(tmp_path, picture_folder):
-    root = picture_folder(tmp_path / "d", ("a", "b", "c"))
-    folder = ["--dataset", "folder", "--data-root", root, "--model", "tiny", "--device", "cpu"]
-    with pytest.raises(common.Fault, match="3 classes, too few"):
-        common.prepare(parsed(*folder, "--classes", "new"))
+        assert label == old - first
 
 
 def test_test_limit_is_a_fixed_choice_of_the_split(embedded):
@@ -976,20 +893,6 @@ def test_run_folders_tell_a_loaded_run_and_an_exported_model(tmp_path):
     assert folder == tmp_path / "runs" / "m-embedded-a-b-4shot-seed1-loaded"
 
 
-def test_where_nothing_can_be_written_the_run_ends_before_it_starts(tmp_path):
-    (tmp_path / "runs").write_text("a file, not a folder")
-    with pytest.raises(common.Fault, match="choose another folder with --out"):
-        common.run_folder(run_args(tmp_path), "m")
-
-
-def test_an_export_over_files_ends_before_the_run_starts(tmp_path):
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "mine").write_text("")
-    with pytest.raises(common.Fault, match="not empty"):
-        common.run_folder(run_args(tmp_path, export=tmp_path / "x"), "m")
-    assert not (tmp_path / "runs").exists()
-
-
 def test_describe_names_arguments_and_versions_but_no_folder(tmp_path):
     args = run_args(tmp_path, load=tmp_path, export=tmp_path, data_root=tmp_path)
     facts = common.describe(args, "m")
@@ -1051,11 +954,6 @@ def test_an_adapters_metadata_are_enough_for_its_classifier(saved, images):
     assert again(images[0][:1]).shape == (1, 10)
 
 
-def test_an_adapter_of_another_method_is_a_fault(saved):
-    with pytest.raises(common.Fault, match="was made by m, but this is other"):
-        common.load_adapter(saved[0], "other", [])
-
-
 @pytest.mark.parametrize("gone", ["method", "model", "pretrained", "names", "template", "weights"])
 def test_an_adapter_that_lacks_a_key_is_a_fault_that_names_it(saved, gone):
     tensors, facts = common.load_adapter(saved[0], "m", [])
@@ -1064,24 +962,6 @@ def test_an_adapter_that_lacks_a_key_is_a_fault_that_names_it(saved, gone):
     path.write_bytes(safetensors.torch.save(tensors, facts))
     with pytest.raises(common.Fault, match=f"does not say its {gone};"):
         common.load_adapter(path, "m", ["weights"])
-
-
-@pytest.mark.parametrize("content", [b"", b"not safetensors at all", None])
-def test_a_missing_or_broken_adapter_is_a_fault(tmp_path, content):
-    path = tmp_path / "adapter.safetensors"
-    if content is not None:
-        path.write_bytes(content)
-    words = "does not exist" if content is None else "cannot be read"
-    with pytest.raises(common.Fault, match=words):
-        common.load_adapter(tmp_path, "m", [])
-
-
-@pytest.mark.parametrize("key, value", [("model", "ViT-B-16"), ("pretrained", "none")])
-def test_an_adapter_made_for_another_model_is_a_fault(saved, tmp_path, key, value):
-    _, facts = common.load_adapter(saved[0], "m", [])
-    common.check_model(facts, run_args(tmp_path))
-    with pytest.raises(common.Fault, match=f"was made with {key}"):
-        common.check_model(facts, run_args(tmp_path, **{key: value}))
 
 
 def test_an_adapter_on_another_dataset_is_noted(saved, tmp_path, capsys):

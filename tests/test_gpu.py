@@ -1,6 +1,5 @@
 """On a GPU: what the programs give, and the memory they take. Skipped where there is none."""
 
-import json
 import os
 import pathlib
 import re
@@ -8,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import result_in
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
 
@@ -29,11 +29,6 @@ def on_gpu():
     if run("-c", "import torch; print(torch.cuda.is_available())").strip() != "True":
         pytest.skip("there is no GPU")
     return run
-
-
-def result_in(folder):
-    (file,) = folder.glob("*/result.json")
-    return json.loads(file.read_text())
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """The programs end to end: what they write and print, that a seed fixes every bit, and what broken
 input, a full disk and a kill leave behind."""
 
-import importlib
 import json
 import os
 import pathlib
@@ -10,17 +9,14 @@ import resource
 import signal
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 
 import open_clip
 import pytest
 import safetensors
 import safetensors.torch
 import torch
-from torch import nn
+from conftest import assert_fault, result_in
 
-import advmask
 import common
 
 HERE = pathlib.Path(__file__).resolve().parent.parent
@@ -35,12 +31,6 @@ TINIEST = ("--steps", 1, "--batch-size", 2, "--test-steps", 1, "--test-limit", 2
 # ------------------------------------------------------------------------------------------------
 # What the tests of the protocols use, too
 # ------------------------------------------------------------------------------------------------
-
-
-def result_in(folder):
-    """What the one run under this folder wrote as its result."""
-    (path,) = folder.rglob("result.json")
-    return json.loads(path.read_text())
 
 
 def adapter_in(folder):
@@ -71,33 +61,9 @@ def measured_again(exported, data, result):
     return unflagged(common.evaluate(net, images, result["eps"], result["test_steps"]))
 
 
-def assert_fault(answer, *words):
-    """The program ended with one sentence on stderr, with these words in it, and code 2."""
-    assert answer.code == 2, answer.err
-    assert answer.err.startswith("error: ") and answer.err.endswith("\n"), answer.err
-    assert answer.err.count("\n") == 1, answer.err
-    for word in words:
-        assert word in answer.err, answer.err
-
-
 # ------------------------------------------------------------------------------------------------
 # Ways to run
 # ------------------------------------------------------------------------------------------------
-
-
-def no_network(*_, **__):
-    raise urllib.error.URLError("no network")
-
-
-@pytest.fixture(autouse=True)
-def no_test_leaves_this_machine(monkeypatch):
-    monkeypatch.setattr(urllib.request, "urlopen", no_network)
-
-
-@pytest.fixture
-def unchecked(monkeypatch):
-    """Evaluation without the sanity checks, which take longest."""
-    monkeypatch.setattr(common, "sanity", lambda *_: [])
 
 
 @pytest.fixture
@@ -235,17 +201,6 @@ def test_load_gives_the_same_accuracies_and_nothing_before(run, program, uncheck
         assert loaded.get(key) == first.get(key)
 
 
-def test_load_in_python_gives_the_classifier_that_was_measured(run, unchecked, embedded):
-    name, folder, _ = run
-    result = result_in(folder)
-    place = adapter_in(folder).parent
-    net = importlib.import_module(name).load(place, dtype=result["dtype"])
-    items = random.Random(0).sample(embedded.test, LIMIT)
-    images = common.TestImages(items, net.size)
-    again = common.evaluate(net, images, result["eps"], result["test_steps"])
-    assert unflagged(again) == unflagged(result["after"])
-
-
 def test_the_export_is_the_model_that_was_measured(run, unchecked, embedded):
     _, folder, _ = run
     result = result_in(folder)
@@ -301,17 +256,6 @@ def test_a_variant_loads_and_exports_what_it_measured(
     assert result_in(tmp_path / "loaded")[SIZES[name]] == size
 
 
-@pytest.mark.parametrize("arguments, lr", [((), 3e-4), (("--published",), 1e-5)])
-def test_the_published_recipe_of_tecoa_has_the_published_rate(
-    program, unchecked, tmp_path, arguments, lr
-):
-    answer = program("baselines.tecoa", *TINIEST, *arguments, "--out", tmp_path)
-    assert answer.code == 0, answer.err
-    result = result_in(tmp_path)
-    assert (result["published"], result["lr"]) == (bool(arguments), lr)
-    assert ("SGD" in answer.out) == bool(arguments)
-
-
 # A short training of the small CLIP on the embedded data, measured on the first test images:
 # points of accuracy under PGD-5 that it wins at least
 TRAINING = ("--steps", 14, "--batch-size", 12, "--test-steps", 5, "--test-limit", 32)
@@ -330,30 +274,6 @@ def test_training_wins_robust_accuracy(program, tmp_path, name):
     assert result["after"]["flags"] == []
 
 
-def test_vit_b_32_learns_masks_of_own_images(program, unchecked, picture_folder, tmp_path):
-    mine = ("--dataset", "folder", "--data-root", picture_folder(tmp_path / "mine", n=3))
-    few = ("--shots", 1, *TINIEST, "--pretrained", "none")
-    answer = program("advmask", *mine, *few, "--out", tmp_path / "out")
-    assert answer.code == 0, answer.err
-    assert "224 px, eps 1/255" in answer.out and "28,311,552" in answer.out
-    result = result_in(tmp_path / "out")
-    assert (result["model"], result["masked"]) == ("ViT-B-32-quickgelu", 28_311_552)
-    size = adapter_in(tmp_path / "out").stat().st_size
-    assert 28_311_552 / 8 <= size <= 28_311_552 / 8 + 10_000, "a bit a weight"
-
-
-@pytest.mark.parametrize("part", ["base", "new"])
-def test_halves_are_trained_alone(program, unchecked, embedded, tmp_path, part):
-    half = ("--classes", part, "--split", "val")
-    answer = program("advmask", *TINIEST, *half, "--out", tmp_path)
-    assert answer.code == 0, answer.err
-    assert "5 classes, 80 training images" in answer.out
-    assert "val set embedded: 5 classes, 2 images" in answer.out
-    with safetensors.safe_open(adapter_in(tmp_path), "pt") as file:
-        names = json.loads(file.metadata()["names"])
-    assert names == (embedded.classes[:5] if part == "base" else embedded.classes[5:])
-
-
 def test_a_run_in_which_nothing_is_switched_off_says_so(program, unchecked, tmp_path):
     answer = program("advmask", *TINIEST, "--budget", 0, "--out", tmp_path)
     assert answer.code == 0, answer.err
@@ -362,71 +282,6 @@ def test_a_run_in_which_nothing_is_switched_off_says_so(program, unchecked, tmp_
     (warning,) = [line for line in answer.out.splitlines() if line.startswith("WARNING")]
     assert "plain CLIP" in warning
     assert result["after"] == result["before"]
-
-
-# ------------------------------------------------------------------------------------------------
-# Defaults that depend on others
-# ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name, arguments, expected",
-    [
-        # 160 images: 6 epochs of AdvMask, 4 of the others, at least 100 steps
-        ("advmask", (), {"steps": 100, "budget": 1.5, "lam": 150}),
-        ("advmask", ("--batch-size", 5), {"steps": 192, "budget": 1.92}),
-        ("advmask", ("--steps", 150), {"steps": 150, "budget": 1.5}),
-        ("advmask", ("--steps", 600), {"steps": 600, "budget": 3}),
-        ("advmask", ("--steps", 300, "--budget", 1), {"steps": 300, "budget": 1}),
-        ("advlora", (), {"steps": 100}),
-        ("advlora", ("--batch-size", 5), {"steps": 128}),
-        ("baselines.tecoa", (), {"steps": 100}),
-        ("baselines.tecoa", ("--batch-size", 5), {"steps": 128}),
-    ],
-)
-def test_the_data_and_the_batch_set_steps_and_budget(
-    program, unchecked, monkeypatch, tmp_path, name, arguments, expected
-):
-    # the length is fixed before the first of the batches
-    monkeypatch.setattr(common, "batches", lambda *_: iter(()))
-    answer = program(name, "--test-steps", 1, "--test-limit", 2, *arguments, "--out", tmp_path)
-    assert answer.code == 0, answer.err
-    result = result_in(tmp_path)
-    for key, value in expected.items():
-        assert result[key] == pytest.approx(value)
-
-
-class Brightness(nn.Module):
-    """Two logits: w times the brightness, and 0."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(1, 1, bias=False)
-        self.linear.weight.data.fill_(0.1)
-
-    def forward(self, x):
-        z = self.linear(x.flatten(1).mean(1, keepdim=True))
-        return torch.cat([z, 0 * z], 1)
-
-
-@pytest.mark.parametrize("steps, budget", [(10, 0.5), (100, 1.5)])
-def test_the_rates_of_a_training_add_up_to_the_flip_budget(monkeypatch, steps, budget):
-    monkeypatch.setattr(advmask, "features", lambda net, x: (torch.zeros(1, len(x), 1), net(x)))
-    net = Brightness().eval()
-    masks = advmask.attach(net, ["linear.weight"])
-    x = torch.full((1, 3, 1, 1), 0.5)
-    advmask.train(net, masks, [(x, torch.tensor([1]))] * steps, steps, 0.1, "ce", 0, budget)
-    # with one entry, g / rms(g) is 1 in every step, and so is the mean of all of them
-    (mask,) = masks.values()
-    assert mask.M.item() == pytest.approx(1e-2 - budget * 5e-3, abs=1e-6)
-
-
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_help_explains_every_argument(program, name):
-    answer = program(name, "--help")
-    assert answer.code == 0 and answer.err == ""
-    for action in importlib.import_module(name).arguments()._actions:
-        assert action.option_strings[-1] in answer.out
 
 
 # ------------------------------------------------------------------------------------------------
@@ -579,26 +434,6 @@ def test_a_training_that_diverges_is_one_sentence_and_no_file(
     answer = program(name, *TINIEST, *far, "--out", tmp_path / "out")
     assert_fault(answer, "diverged", "a lower rate")
     assert files_in(tmp_path) == []
-
-
-def test_names_that_mislead_are_warned_of_before_anything_is_evaluated(
-    program, unchecked, picture_folder, monkeypatch, tmp_path
-):
-    pictures = picture_folder(tmp_path / "d", ("a", "b", "c"))
-    (pictures / "classnames.txt").write_text("cat\ncat\n" + 50 * "very " + "long\n")
-    evaluate = common.evaluate
-
-    def told(*arguments, **options):
-        print("evaluated")
-        return evaluate(*arguments, **options)
-
-    monkeypatch.setattr(common, "evaluate", told)
-    answer = program("advmask", *TINIEST, *FOLDER, pictures, "--out", tmp_path / "out")
-    assert answer.code == 0, answer.err
-    start = answer.out[: answer.out.index("evaluated")].splitlines()
-    same, cut = [line for line in start if line.startswith("WARNING")]
-    assert "two classes are called 'cat'" in same
-    assert "very long" in cut and "only 24 are read" in cut
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """examples/retrieval.py: ranks, losses and batches against loops written out, the attack against a
 closed form and noise, the training loops against the methods' own, and runs of the program."""
 
-import json
 import math
 import pathlib
 import re
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import assert_fault, result_in
 from PIL import Image
 
 import advlora
@@ -418,12 +418,6 @@ def test_a_short_training_lowers_the_loss(classifier, embedded, method, trained)
 # ------------------------------------------------------------------------------------------------
 
 
-def result_in(folder):
-    """What the one run under this folder wrote as its result."""
-    (path,) = folder.rglob("result.json")
-    return json.loads(path.read_text())
-
-
 def printed_rows(out):
     """{label: the eight recalls and medians} of the table that a run printed."""
     table = {}
@@ -521,14 +515,6 @@ def test_it_runs_as_a_file_from_any_folder(tmp_path):
 # ------------------------------------------------------------------------------------------------
 # Faults of the input
 # ------------------------------------------------------------------------------------------------
-
-
-def assert_fault(answer, *words):
-    """The program ended with one sentence on stderr, with these words in it, and code 2."""
-    assert answer.code == 2, answer.err
-    assert answer.err.startswith("error: ") and answer.err.count("\n") == 1, answer.err
-    for word in words:
-        assert word in answer.err, answer.err
 
 
 FAULTY_ARGUMENTS = {

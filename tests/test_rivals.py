@@ -2,7 +2,6 @@
 prompts where they are read, every training against the same written again, and short runs."""
 
 import inspect
-import json
 import math
 from types import SimpleNamespace
 
@@ -10,6 +9,7 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ByHand, assert_fault, compare, result_in, snapshot
 from test_advmask import attacked, copied, quick
 from torch import nn
 
@@ -169,54 +169,8 @@ def block_inputs(tower, run):
 
 
 # ------------------------------------------------------------------------------------------------
-# The attack of every file
+# FAP's attack
 # ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
-def test_pgd_copied_out_of_its_file_reaches_the_closed_form(linear, module):
-    copy = copied(module, "pgd")
-    x_adv = copy.pgd(linear.net, linear.x, linear.y, linear.eps, linear.eps / 2, steps=5)
-    logits = linear.net(x_adv)
-    margin = logits[range(40), linear.y] - logits[range(40), 1 - linear.y]
-    torch.testing.assert_close(margin, linear.worst, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
-@pytest.mark.parametrize("eps, size, steps", [(0.05, 0.4, 3), (0.6, 0.2, 4)])
-def test_pgd_stays_in_the_ball_and_among_pixels(linear, module, eps, size, steps):
-    x = torch.cat([torch.zeros(3, 3, 4, 4), torch.ones(3, 3, 4, 4), linear.x[:3]])
-    x_adv = module.pgd(linear.net, x, torch.arange(9) % 2, eps, size, steps)
-    for iterate in (*linear.net.inputs, x_adv):
-        assert (iterate - x).abs().max() <= eps + 1e-6
-        assert iterate.min() >= 0 and iterate.max() <= 1
-    assert len(linear.net.inputs) == steps
-    assert (x_adv - x).abs().max() > 0.99 * eps
-
-
-@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
-def test_pgd_refuses_train_mode_and_says_that_a_gradient_is_not_finite(linear, module):
-    with pytest.raises(ValueError, match="eval mode"):
-        module.pgd(linear.net.train(), linear.x, linear.y, 0.01, 0.01, 1)
-    linear.net.eval().W.data[0, 0] = math.nan
-    with pytest.raises(FloatingPointError, match="not finite"):
-        module.pgd(linear.net, linear.x, linear.y, 0.01, 0.01, 1)
-
-
-@pytest.mark.parametrize("module", MODULES.values(), ids=MODULES)
-def test_pgds_gradient_is_that_of_each_image_alone(linear, module):
-    outputs, gradients = [], []
-
-    def note(net, inputs, logits):
-        outputs.append(logits.detach())
-        logits.register_hook(gradients.append)
-
-    linear.net.register_forward_hook(note)
-    module.pgd(linear.net, linear.x, linear.y, linear.eps, linear.eps, 2)
-    assert len(gradients) == 2
-    for logits, gradient in zip(outputs, gradients):
-        # dCE/dlogits = softmax - onehot, with no 1 / batch
-        torch.testing.assert_close(gradient, logits.softmax(1) - F.one_hot(linear.y))
 
 
 def test_the_attack_on_kl_reaches_the_end_of_the_ball_whatever_the_labels(linear):
@@ -402,8 +356,9 @@ def test_the_tokens_stand_behind_the_patches_and_are_dropped_at_the_end(classifi
     # tokens first, as common.Classifier runs the blocks: (tokens, b, d)
     assert [tokens.shape for tokens in after] == 6 * [(65 + 5, 6, 192)]
     assert torch.equal(after[0][:65], before[0])
+    first = classifier.clip.visual.ln_pre.forward(prompt.u)
     for i in range(6):
-        torch.testing.assert_close(after[0][65:, i], classifier.clip.visual.ln_pre.forward(prompt.u))
+        torch.testing.assert_close(after[0][65:, i], first)
     # appended once: deeper blocks get what the former made of them
     assert (after[1][65:] - after[0][65:]).abs().max() > 1e-3
     assert outputs[0].shape == (6, 65, 192)
@@ -515,8 +470,8 @@ def test_vision_prompts_stand_behind_the_patches_of_the_first_blocks(classifier,
     # tokens first, as common.Classifier runs the blocks: (tokens, b, d)
     assert [tokens.shape for tokens in after] == 6 * [(65 + 2, 6, 192)]
     assert torch.equal(after[0][:65], before[0])
+    first = classifier.clip.visual.ln_pre.forward(learned.vision(0))
     for i in range(6):
-        first = classifier.clip.visual.ln_pre.forward(learned.vision(0))
         torch.testing.assert_close(after[0][65:, i], first)
         for block in (1, 2):
             assert torch.equal(after[block][65:, i], learned.vision(block))
@@ -705,65 +660,6 @@ def test_features_are_the_image_towers_output(classifier, images):
 # ------------------------------------------------------------------------------------------------
 
 
-class ByHand:
-    """SGD with momentum 0.9, or Adam without weight decay, written out.
-
-    It moves the weights {name: tensor} in place.
-    """
-
-    def __init__(self, weights, published, decay=0.0):
-        self.weights = weights
-        self.published = published
-        self.decay = decay
-        self.steps = 0
-        self.first = {name: torch.zeros_like(p) for name, p in weights.items()}
-        self.second = {name: torch.zeros_like(p) for name, p in weights.items()}
-
-    def step(self, loss, rate):
-        gradients = torch.autograd.grad(loss, list(self.weights.values()))
-        self.steps += 1
-        for (name, p), g in zip(self.weights.items(), gradients):
-            if self.published:
-                self.first[name] = 0.9 * self.first[name] + g + self.decay * p.detach()
-                p.data -= rate * self.first[name]
-                continue
-            self.first[name] = 0.9 * self.first[name] + 0.1 * g
-            self.second[name] = 0.999 * self.second[name] + 0.001 * g**2
-            mean = self.first[name] / (1 - 0.9**self.steps)
-            square = self.second[name] / (1 - 0.999**self.steps)
-            p.data -= rate * mean / (square.sqrt() + 1e-8)
-
-
-def snapshot(weights):
-    return {name: p.detach().clone() for name, p in weights.items()}
-
-
-def compare(train, weights, batches, again):
-    """Run train(batches), note the weights before every step and in the end; compare with again().
-
-    Both start from the same random state. again() -> [{name: weight}, ...].
-    """
-    history = []
-
-    def watched():
-        for batch in batches:
-            history.append(snapshot(weights))
-            yield batch
-
-    state = torch.get_rng_state()
-    train(watched())
-    history.append(snapshot(weights))
-    torch.set_rng_state(state)
-    expected = again()
-    moved = 0.0
-    for found, wanted in zip(history, expected, strict=True):
-        for name in wanted:
-            # the rate of the loop is in single precision, which that of the loop again is not
-            torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=1e-7)
-            moved = max(moved, (found[name] - history[0][name]).abs().max().item())
-    assert moved > 1e-3, "something was trained"
-
-
 def assert_frozen(net):
     """The CLIP of a Toy is what it was, and nothing wrote gradients into it."""
     plain = Toy().clip.state_dict()
@@ -884,24 +780,18 @@ def train_prompts_again(start, batches, eps, method, lr, published, warmup, lam)
         text = text_features(net.clip, net.tokens, t)
         return z, 20 * F.normalize(z, dim=-1) @ text.T
 
+    def by_sum(losses, y):
+        return losses.sum()
+
     def divergence(x, x_adv):
         clean, adv = see(x)[1].log_softmax(1), see(x_adv)[1].log_softmax(1)
         return (clean.exp() * (clean - adv)).sum(1)
 
-    def attacked_by_kl(x):
-        x_adv = (x + torch.empty_like(x).uniform_(-eps, eps)).clamp(0, 1)
-        for _ in range(2):
-            leaf = x_adv.clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(divergence(x, leaf).sum(), leaf)
-            x_adv = x_adv + eps * gradient.sign()
-            x_adv = torch.minimum(torch.maximum(x_adv, x - eps), x + eps).clamp(0, 1)
-        return x_adv
-
     for t, (x, y) in enumerate(batches):
         if method == "fap":
-            x_adv = attacked_by_kl(x)
+            x_adv = attacked(lambda leaf: divergence(x, leaf), x, y, eps, by_sum)
         else:
-            x_adv = attacked(lambda x: see(x)[1], x, y, eps)
+            x_adv = attacked(lambda leaf: see(leaf)[1], x, y, eps)
         for p in weights.values():
             p.requires_grad_(True)
         loss = F.cross_entropy(see(x if method == "fap" else x_adv)[1], y)
@@ -952,24 +842,12 @@ def test_text_features_are_computed_once_a_step_and_in_the_end(method, monkeypat
     torch.testing.assert_close(net.text, encode())
 
 
-@pytest.mark.parametrize("published", [False, True])
-def test_without_a_rate_nothing_is_moved(published):
-    for method in METHODS:
-        net, learned, _ = prompted_toy(method)
-        start = snapshot(learned.state_dict())
-        prompts.train(net, learned, toy_batches(2), 2, 0.1, method, 0.0, published, 1)
-        assert all(torch.equal(p, start[name]) for name, p in learned.state_dict().items())
-    net, prompt = Toy(), visual_prompt(8, 2, 3, 8).double()
-    advvp.attach(net.clip, prompt)
-    start = snapshot(prompt.state_dict())
-    advvp.train(net, prompt, toy_batches(2), 2, 0.1, 0.0, published)
-    assert all(torch.equal(p, start[name]) for name, p in prompt.state_dict().items())
-    net = Toy()
-    parameters = tgazsr.attach(net.clip)
-    tgazsr.train(net, parameters, toy_batches(2), 2, 0.1, Toy(), 0.0, published)
-    tgazsr.merge(net.clip, parameters)
-    plain = Toy().clip.state_dict()
-    assert all(torch.equal(p, plain[name]) for name, p in net.clip.state_dict().items())
+@pytest.mark.parametrize("method", METHODS)
+def test_a_rate_of_zero_has_no_warm_up_either(method):
+    net, learned, _ = prompted_toy(method)
+    start = snapshot(learned.state_dict())
+    prompts.train(net, learned, toy_batches(2), 2, 0.1, method, 0.0, published=True, warmup=1)
+    assert all(torch.equal(p, start[name]) for name, p in learned.state_dict().items())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1108,9 +986,7 @@ def test_a_faulty_argument_is_one_sentence_and_no_file(
     monkeypatch.setattr(common, "measure", no_measure)
     name, *own = RIVALS[rival]
     answer = program(name, *own, "--out", tmp_path / "out", *arguments)
-    assert answer.code == 2
-    assert answer.err.startswith("error: ") and answer.err.count("\n") == 1
-    assert all(word in answer.err for word in words), answer.err
+    assert_fault(answer, *words)
     assert files_in(tmp_path) == []
 
 
@@ -1147,8 +1023,7 @@ def test_an_adapter_that_says_nonsense_is_one_sentence(
     args = SimpleNamespace(model="tiny", pretrained="openai", **facts)
     common.save_adapter(tmp_path / "run", {"v": torch.zeros(1)}, classifier, args, name)
     answer = program(RIVALS[rival][0], "--load", tmp_path / "run", "--out", tmp_path / "out")
-    assert answer.code == 2
-    assert "was made with" in answer.err and value in answer.err and answer.err.count("\n") == 1
+    assert_fault(answer, "was made with", value)
 
 
 def test_an_adapter_of_another_rival_is_refused(tmp_path, classifier):
@@ -1184,24 +1059,17 @@ def test_a_loaded_prompt_answers_as_the_saved_one(tmp_path, classifier, images):
 SHORT = ("--classes", "base", "--transfer", "new", "--test-steps", 1, "--test-limit", 4)
 
 
-def result_of(folder):
-    """What the one run in this folder wrote in its result.json."""
-    (path,) = folder.rglob("result.json")
-    return json.loads(path.read_text())
-
-
 @pytest.mark.parametrize("rival", RIVALS)
-def test_a_runs_adapter_gives_the_same_outcomes_again(program, tmp_path, monkeypatch, rival):
-    monkeypatch.setattr(common, "sanity", lambda *_: [])
+def test_a_runs_adapter_gives_the_same_outcomes_again(program, tmp_path, unchecked, rival):
     name, *own = RIVALS[rival]
     few = ("--steps", 2, "--batch-size", 4)
     answer = program(name, *own, *SHORT, *few, "--out", tmp_path / "out")
     assert answer.code == 0, answer.err
-    first = result_of(tmp_path / "out")
+    first = result_in(tmp_path / "out")
     (folder,) = (tmp_path / "out").iterdir()
     answer = program(name, *SHORT, "--load", folder, "--out", tmp_path / "again")
     assert answer.code == 0, answer.err
-    second = result_of(tmp_path / "again")
+    second = result_in(tmp_path / "again")
     assert first["before"] is not None and second["before"] is None
     assert second["after"] == first["after"]
     assert set(first["after"]["transfer"]) == {"new"} and "H" in first["after"]
@@ -1221,13 +1089,12 @@ FAST = {
 
 @pytest.mark.numbers
 @pytest.mark.parametrize("rival", RIVALS)
-def test_training_wins_accuracy_under_pgd_20(program, tmp_path, monkeypatch, rival):
-    monkeypatch.setattr(common, "sanity", lambda *_: [])
+def test_training_wins_accuracy_under_pgd_20(program, tmp_path, unchecked, rival):
     name, *own = RIVALS[rival]
     arguments, gain = FAST[rival]
     answer = program(name, *own, *TRAINING, *arguments, "--out", tmp_path / "out")
     assert answer.code == 0, answer.err
-    result = result_of(tmp_path / "out")
+    result = result_in(tmp_path / "out")
     assert result["after"]["pgd"] >= result["before"]["pgd"] + gain
     assert result["after"]["clean"] > result["after"]["pgd"]
 
@@ -1243,13 +1110,12 @@ TRAINED = {
 
 
 @pytest.mark.parametrize("rival", RIVALS)
-def test_vit_b_32_takes_a_step(program, picture_folder, tmp_path, monkeypatch, rival):
-    monkeypatch.setattr(common, "sanity", lambda *_: [])
+def test_vit_b_32_takes_a_step(program, picture_folder, tmp_path, unchecked, rival):
     mine = ("--dataset", "folder", "--data-root", picture_folder(tmp_path / "mine", n=3))
     few = ("--shots", 1, "--steps", 1, "--batch-size", 2, "--test-steps", 1, "--test-limit", 1)
     name, *own = RIVALS[rival]
     answer = program(name, *own, *mine, *few, "--pretrained", "none", "--out", tmp_path / "out")
     assert answer.code == 0, answer.err
     assert "224 px, eps 1/255" in answer.out
-    result = result_of(tmp_path / "out")
+    result = result_in(tmp_path / "out")
     assert (result["model"], result["trained"]) == ("ViT-B-32-quickgelu", TRAINED[rival])
