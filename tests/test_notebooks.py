@@ -3,6 +3,7 @@
 What must be the same are the committed outputs' `match:` lines, text for text.
 """
 
+import importlib
 import pathlib
 import re
 
@@ -86,6 +87,13 @@ def test_it_names_no_folder_of_a_machine(path):
             text = shown(output)
             assert not re.search(rf"(?<![\w.])/(?:{FOLDERS})/", text)
             assert not re.search(r"\b[A-Za-z]:\\", text)
+
+
+def test_the_second_shows_the_tables_of_the_results_as_they_are_now(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER.parent / "results")
+    scale = importlib.import_module("scale")
+    text = "".join(printed(cell) for cell in code(read(FOLDER / "2_binary_masks.ipynb")))
+    assert scale.differences() in text and scale.movements() in text
 
 
 @each
