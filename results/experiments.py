@@ -292,6 +292,11 @@ def rivals_steps():
     return Table(("caltech101",), (1,), rows, 200)
 
 
+def rivals_behind():
+    """Prompts whose first visual tokens stood behind ln_pre, as an earlier commit had them."""
+    return Table(BOTH, SEEDS, {"AdvVLP": KEPT, "AdvMaPLe": KEPT, "FAP": KEPT}, FEW)
+
+
 WIDTHS = 96, 192, 288, 384
 # arguments that set how far a method goes, its own first: three rates, and half as many steps more
 SCALE = {
@@ -349,6 +354,7 @@ TABLES = {
     "rivals": rivals(),
     "rivals-val": rivals_val(),
     "rivals-steps": rivals_steps(),
+    "rivals-behind": rivals_behind(),
     "scale-val": scale_val(),
     "scale": scale(),
 }

@@ -70,14 +70,17 @@ def test_the_page_and_the_readme_state_what_the_widths_show(scale):
         lines = scale.sweep.find("scale", f"width {width}, AdvMask", "caltech101").lines
         off.append(100 * statistics.mean(line["off"] for line in lines))
     assert f"{off[0]:.1f} % of the entries are off at width 96, and {off[1]:.1f} % at 384" in text
+    ratios = []
     for width in scale.WIDTHS:
         moved = {}
         for line in lines_of(scale.FILE):
             if line["model"].endswith(f"width-{width}"):
                 moved.setdefault(line["method"], []).append(line["attention"])
-        assert min(moved["advmask"]) > 2 * max(moved["tecoa"])
+        ratios.append(statistics.mean(moved["advmask"]) / statistics.mean(moved["tecoa"]))
         zero_shot = scale.sweep.find("scale", f"width {width}, zero-shot", "caltech101")
         assert zero_shot.values["PGD"][0] < 10
+    assert 2 < min(ratios) and max(ratios) < 5 and "moves the attention two to five times" in text
+    assert ratios[0] > 2 * ratios[-1] and "That ratio falls by half" in text
 
 
 def test_a_difference_is_paired_by_seed_and_image(scale):
