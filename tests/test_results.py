@@ -179,6 +179,9 @@ CLAIMS = [
     ("rivals", "caltech101", "AdvMask", "FAP", "PGD", "under PGD, {:.0f} ahead of FAP", 1),
     ("rivals", "caltech101", "TGA-ZSR", "AdvMask", "PGD", "and {:.0f} behind TGA-ZSR", 1),
     ("rivals", "embedded", "AdvVP, published", "AdvVP", "PGD", "is {:.0f} points more robust", 1),
+    ("rivals", "embedded", "FAP, published", "FAP", "clean", "keeps {:.1f} clean points more", 1),
+    ("rivals", "embedded", "zero-shot", "AdvVP", "PGD", "not more robust than zero-shot", 1),
+    ("rivals", "caltech101", "zero-shot", "AdvVP", "PGD", "not more robust than zero-shot on", 1),
     (
         "rivals",
         "embedded",
