@@ -194,7 +194,7 @@ def load(folder, device="cpu", dtype="float32"):
     return classifier
 
 
-def kind(facts):
+def variant(facts):
     """-> frame, tokens, as an adapter file says. Raises common.Fault."""
     try:
         return int(facts["frame"]), int(facts["tokens"])
@@ -208,7 +208,7 @@ def kind(facts):
 def restore(classifier, tensors, facts):
     """Prompt a classifier's CLIP as an adapter file says -> the prompt. Raises common.Fault."""
     clip = classifier.clip
-    frame, tokens = kind(facts)
+    frame, tokens = variant(facts)
     try:
         prompt = VisualPrompt(classifier.size, frame, tokens, clip.visual.transformer.width)
         prompt.load_state_dict(tensors)
@@ -252,7 +252,7 @@ def main():
     if args.load:
         tensors, facts = common.load_adapter(args.load, "advvp", NEEDS)
         common.check_model(facts, args)
-        args.frame, args.tokens = kind(facts)
+        args.frame, args.tokens = variant(facts)
 
     # CLIP, frozen, as a classifier; the few-shot images; the test sets
     classifier, images, tests = common.prepare(args)

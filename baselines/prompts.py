@@ -323,7 +323,7 @@ def load(folder, device="cpu", dtype="float32"):
     return classifier
 
 
-def kind(facts):
+def variant(facts):
     """-> method, length, depth, as an adapter file says. Raises common.Fault."""
     try:
         length, depth = int(facts["length"]), int(facts["depth"])
@@ -341,7 +341,7 @@ def restore(classifier, tensors, facts):
     """Prompt a classifier's CLIP as an adapter file says -> the Prompts. Raises common.Fault."""
     clip = classifier.clip
     embedding, width = clip.token_embedding.weight, clip.visual.transformer.width
-    method, length, depth = kind(facts)
+    method, length, depth = variant(facts)
     try:
         prompts = Prompts(method, embedding.new_zeros(length, embedding.shape[1]), width, depth)
         prompts.load_state_dict(tensors)
@@ -388,7 +388,7 @@ def main():
     if args.load:
         tensors, facts = common.load_adapter(args.load, "prompts", NEEDS)
         common.check_model(facts, args)
-        args.variant, args.length, args.depth = kind(facts)
+        args.variant, args.length, args.depth = variant(facts)
     folder = common.run_folder(args, args.variant)
 
     # CLIP, frozen, as a classifier; the few-shot images; the test sets
