@@ -60,8 +60,12 @@ class Fault(Exception):
         super().__init__(sentence.rpartition("Fault: ")[2])
 
 
+MEMORY = "out of memory; a smaller --batch-size takes less"
+
+
 def guard(main):
-    """Run a program: a Fault, a full disk, a diverged training become one sentence, exit code 2."""
+    """Run a program: a Fault, a full disk or memory, a diverged training, an interrupt become one
+    sentence, exit code 2."""
     rank = int(os.environ.get("RANK", 0))
     if rank:
         sys.stdout = open(os.devnull, "w")
@@ -74,10 +78,16 @@ def guard(main):
     except OSError as fault:
         what = "the disk is full" if fault.errno == errno.ENOSPC else fault.strerror or fault
         sentence = f"{what}: {fault.filename or 'while writing'}; nothing half-written was left"
+    except (MemoryError, torch.OutOfMemoryError):
+        sentence = MEMORY
     except RuntimeError as fault:
-        if "Connection closed by peer" not in str(fault):
+        # torch has no classes for these two
+        if "can't allocate memory" in str(fault):
+            sentence = MEMORY
+        elif "Connection closed by peer" in str(fault):
+            sentence = "another process of torchrun has ended; it says why"
+        else:
             raise
-        sentence = "another process of torchrun has ended; it says why"
     except KeyboardInterrupt:
         sentence = "interrupted; no half-written file was left"
     if rank or sentence.startswith("another process"):

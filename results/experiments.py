@@ -183,11 +183,6 @@ def choices():
         "--budget 3",
         "--steps 300 --budget 3",
         "--steps 600 --budget 3",
-        "--steps 600 --budget 6",
-        "--weights mlp",
-        "--weights both",
-        "--augment none",
-        "--steps 300 --budget 3 --augment none",
         "--batch-size 64",
     )
     return Table(("caltech101",), SEEDS, on_val(ADVMASK, "--steps 150", arguments), 200)
@@ -201,9 +196,6 @@ def choices_embedded():
         "--budget 0.75",
         "--budget 3",
         "--steps 300 --budget 3",
-        "--weights mlp",
-        "--weights both",
-        "--augment none",
     )
     return Table(("embedded",), SEEDS, on_val(ADVMASK, "", arguments))
 

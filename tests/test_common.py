@@ -141,6 +141,7 @@ def guarded(fault):
         (PermissionError(errno.EACCES, "Permission denied", "/x/y"), "Permission denied: /x/y"),
         (KeyboardInterrupt(), "interrupted"),
         (FloatingPointError("not finite"), "a lower rate may help"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "a smaller --batch-size"),
     ],
 )
 def test_guard_says_one_sentence_and_exits_2(capsys, fault, words):
@@ -150,6 +151,13 @@ def test_guard_says_one_sentence_and_exits_2(capsys, fault, words):
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert words in err
+
+
+@pytest.mark.parametrize("allocate", [torch.empty, np.empty])
+def test_guard_says_that_memory_is_full(capsys, allocate):
+    with pytest.raises(SystemExit):
+        common.guard(lambda: allocate(2**50))
+    assert capsys.readouterr().err == f"error: {common.MEMORY}\n"
 
 
 @pytest.mark.parametrize("bug", [ZeroDivisionError(), RuntimeError("shapes"), AssertionError()])
