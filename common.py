@@ -771,7 +771,20 @@ class Classifier(nn.Module):
 
     def encode_classes(self):
         """t_c / |t_c| of every class's prompt   (classes, d)"""
-        parts = [self.clip.encode_text(t, normalize=True) for t in self.tokens.split(256)]
+        clip, tokens = self.clip, self.tokens
+        if getattr(clip, "attn_mask", None) is None:  # not open_clip.CLIP itself
+            return torch.cat([clip.encode_text(t, normalize=True) for t in tokens.split(256)])
+        # the text tower is causal: what stands behind the longest prompt's end changes nothing, so
+        # it is left out. That is 67 of 77 tokens for Caltech101, in every step that trains prompts
+        n = int(tokens.argmax(1).max()) + 1
+        shorter = {
+            "positional_embedding": clip.positional_embedding[:n],
+            "attn_mask": clip.attn_mask[:n, :n],
+        }
+        parts = []
+        for some in tokens[:, :n].split(256):
+            _, t, *_ = torch.func.functional_call(clip, shorter, kwargs={"text": some})
+            parts.append(t)
         return torch.cat(parts)
 
     def forward(self, x):

@@ -656,6 +656,21 @@ def test_set_classes_changes_what_is_told_apart(classifier, images):
     assert classifier.template == "a drawing of a {}."
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_class_features_are_those_of_whole_prompts(tiny, causal):
+    clip, config = tiny
+    if not causal:
+        clip.attn_mask = None
+    names = ["cat", "a dog with a long name", "word " * 40]
+    lengths = []
+    clip.transformer.register_forward_pre_hook(lambda _, x: lengths.append(x[0].shape[1]))
+    for some in (names[:2], names):
+        net = common.Classifier(clip, config, some)
+        torch.testing.assert_close(net.text, clip.encode_text(net.tokens, normalize=True))
+    # "a photo of a", six words, a full stop, and a token at either end; the last fills the context
+    assert lengths == ([13, 24, 24, 24] if causal else [24] * 4)
+
+
 def test_bfloat16_gives_float32_logits_close_to_float32(tiny, embedded, images):
     x, _ = images
     full = common.Classifier(*tiny, embedded.classes, embedded.template)(x)
