@@ -115,8 +115,15 @@ def test_the_pages_state_what_the_backdoors_leave(lines):
     assert f"plain LoRA leaves {left['caltech101']['plain LoRA']}." in page
     full = [left[dataset]["full adversarial"] for dataset in ("embedded", "caltech101")]
     assert "leaves {} and {}.".format(*full) in page
-    found = [left["embedded"][name] for name in ("backdoored", "AdvLoRA", "AdvMask")]
-    assert "of {} % success AdvLoRA leaves {} %, AdvMask {} %".format(*found) in readme
+    names = ("backdoored", "AdvMask", "full adversarial", "AdvLoRA")
+    found = [left["embedded"][name] for name in names]
+    text = "Of a backdoor's {} % success** AdvMask leaves {} %, full fine-tuning {} %, AdvLoRA {} %"
+    assert text.format(*found) in readme
+    by_seed = [run["success"] for run in of_seeds(lines, "backdoor, caltech101")["AdvMask"]]
+    assert (
+        "AdvMask's {} are {:.0f}, {:.0f} and {:.0f}".format(left["caltech101"]["AdvMask"], *by_seed)
+        in page
+    )
     first, second = [seconds(lines, f"backdoor, {name}") for name in ("embedded", "caltech101")]
     assert f"the first took {first}, the second {second}" in program
 

@@ -151,6 +151,7 @@ CLAIMS = [
     ("main", "caltech101", "AdvLoRA", "AdvMask", "clean", "it is {:.0f} clean points ahead", 1),
     ("main", "caltech101", "AdvLoRA", "AdvMask", "PGD", "{:.0f} under PGD, which is within", 0),
     ("main", "caltech101", "TeCoA", "AdvMask", "clean", "TeCoA is {:.0f} points ahead. AdvLoRA", 1),
+    ("main", "embedded", "AdvLoRA", "TeCoA", "clean", "AdvLoRA is {:.0f} points above TeCoA", 1),
     ("main", "embedded", "AdvMask", "zero-shot", "PGD", "AdvMask gains {:.1f} points", 1),
     ("main", "embedded", "zero-shot", "AdvMask", "clean", "for {:.1f} clean ones", 1),
     (
@@ -166,6 +167,7 @@ CLAIMS = [
     ("rivals", "embedded", "TGA-ZSR", "AdvMask", "PGD", "TGA-ZSR is {:.0f} points ahead", 1),
     ("rivals", "embedded", "TGA-ZSR", "AdvMask", "clean", "and {:.0f} clean points. **How", 1),
     ("rivals", "embedded", "TGA-ZSR", "TeCoA", "clean", "and {:.0f} clean points ahead of it", 1),
+    ("rivals", "caltech101", "TGA-ZSR", "TeCoA", "clean", "of it, on Caltech101 {:.0f}.", 1),
     ("rivals", "embedded", "AdvVLP", "AdvMask", "clean", "keep {:.0f} clean points more", 0),
     (
         "rivals",

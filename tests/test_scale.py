@@ -49,6 +49,15 @@ def test_every_key_of_a_line_is_explained_and_its_commit_is_clean(scale):
         assert re.fullmatch("[0-9a-f]{12}", line["commit"])
 
 
+def gaps_of(scale, width, column):
+    """AdvMask minus TeCoA at this width, seed by seed."""
+    rows = []
+    for name in ("AdvMask", "TeCoA"):
+        rows.append(scale.sweep.find("scale", f"width {width}, {name}", "caltech101"))
+    mask, full = (row.values[column] for row in rows)
+    return [a - b for a, b in zip(mask, full, strict=True)]
+
+
 def test_the_page_and_the_readme_state_what_the_widths_show(scale):
     text, readme = " ".join(PAGE.split()), " ".join((HERE / "README.md").read_text().split())
     found = {"12": [], "2": []}
@@ -60,10 +69,17 @@ def test_the_page_and_the_readme_state_what_the_widths_show(scale):
     behind = [-mean for mean, _, _ in found["2"]]
     gap = f"{min(behind):.0f} to {max(behind):.0f} points behind full fine-tuning"
     assert gap in text and gap in readme
-    assert max(high for _, _, high in found["2"]) < 0, "no interval reaches zero"
+    for width in scale.WIDTHS:
+        gaps = gaps_of(scale, width, "PGD")
+        assert len(gaps) == 3 and max(gaps) < 0, "in each of the twelve pairs of runs"
+        # t of two degrees of freedom
+        reaches_zero = statistics.mean(gaps) + 4.303 * statistics.stdev(gaps) / 3**0.5 > 0
+        assert reaches_zero == (width in (192, 384))
+    clean = gaps_of(scale, 384, "clean")
+    assert sum(gap > 0 for gap in clean) == 1, "one seed of three has the other sign"
     assert max(low for _, low, _ in found["2"]) < min(high for _, _, high in found["2"]), "overlap"
     first, *_, last = found["12"]
-    assert f"from {-first[0]:.0f} points at width 96 to none at 384" in text
+    assert f"is {-first[0]:.0f} points at width 96 and {-last[0]:.0f} at 384" in text
     assert last[1] < 0 < last[2]
     off = []
     for width in (96, 384):
