@@ -145,7 +145,7 @@ def clip_weights(clip, weights="both", towers="vision"):
     """Names of the weights that are adapted in every block of an open_clip ViT.
 
     attn: in_proj (3d, d) and out_proj (d, d); mlp: c_fc (4d, d) and c_proj (d, 4d); or both. No
-    biases. towers: vision, or both, the text tower as well.
+    biases. towers: vision, or both, the text tower as well. Raises KeyError for another word.
     """
     attn = ("attn.in_proj_weight", "attn.out_proj.weight")
     mlp = ("mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -262,6 +262,11 @@ def train(classifier, loras, batches, steps, eps, lr=1e-3, clean_weight=0, text=
                 flush=True,
             )
 
+    # the text features of the factors as they are in the end, a constant again
+    if text:
+        with torch.no_grad():
+            classifier.text = classifier.encode_classes()
+
 
 # ------------------------------------------------------------------------------------------------
 # Files
@@ -320,8 +325,9 @@ def restore(clip, tensors, facts):
     try:
         names = clip_weights(clip, facts["weights"], facts["towers"])
         adaptive = facts["no_adaptive"] == "False"
-        # a file brings its own start: nothing is clustered
-        loras = attach(clip, names, int(facts["rank"]), 0, init="kaiming", adaptive=adaptive)
+        # a file brings its own start: nothing is clustered or aligned
+        plain = {"init": "kaiming", "align": False, "adaptive": adaptive}
+        loras = attach(clip, names, int(facts["rank"]), **plain)
         unpack(loras, tensors)
     except (KeyError, ValueError) as fault:
         raise common.Fault(f"the adapter does not fit ({fault}); use the --model it was made with")
@@ -366,6 +372,8 @@ def main():
     if args.load:
         tensors, facts = common.load_adapter(args.load, "advlora", NEEDS)
         common.check_model(facts, args)
+        args.weights, args.towers = facts["weights"], facts["towers"]
+        args.no_adaptive = facts["no_adaptive"] == "True"
 
     # CLIP, frozen, as a classifier; the few-shot images; the test sets
     classifier, images, tests = common.prepare(args)
@@ -383,6 +391,7 @@ def main():
     before, seconds, start = None, 0.0, {}  # with --load nothing is measured before, nor trained
     if args.load:
         loras = restore(clip, tensors, facts)
+        args.rank = int(facts["rank"])
     else:
         # what CLIP can do as it is
         before = common.measure(classifier, tests, args)

@@ -76,7 +76,7 @@ def vision_weights(clip, weights="attn"):
     """Names of the weights that are masked in every vision block of an open_clip ViT.
 
     attn, the paper's default: in_proj (3d, d) and out_proj (d, d). mlp: c_fc (4d, d) and c_proj
-    (d, 4d). Or both. No biases (our choice).
+    (d, 4d). Or both. No biases (our choice). Raises KeyError for another word.
     """
     attn = ("attn.in_proj_weight", "attn.out_proj.weight")
     mlp = ("mlp.c_fc.weight", "mlp.c_proj.weight")
@@ -353,6 +353,7 @@ def main():
     if args.load:
         tensors, facts = common.load_adapter(args.load, "advmask", ["weights"])
         common.check_model(facts, args)
+        args.weights = facts["weights"]
 
     # CLIP, frozen, as a classifier; the few-shot images; the test sets
     classifier, images, tests = common.prepare(args)

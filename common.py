@@ -8,6 +8,7 @@ units. What the user did wrong raises `Fault`: `guard` makes it one sentence and
 """
 
 import argparse
+import atexit
 import concurrent.futures
 import contextlib
 import datetime
@@ -20,6 +21,7 @@ import math
 import os
 import pathlib
 import random
+import re
 import shutil
 import statistics
 import subprocess
@@ -81,9 +83,11 @@ def guard(main):
     except (MemoryError, torch.OutOfMemoryError):
         sentence = MEMORY
     except RuntimeError as fault:
-        # torch has no classes for these two
+        # torch has no classes for these three
         if "can't allocate memory" in str(fault):
             sentence = MEMORY
+        elif "DataLoader worker" in str(fault):
+            sentence = f"a process that decodes images has died; {MEMORY}; Docker needs --shm-size"
         elif "Connection closed by peer" in str(fault):
             sentence = "another process of torchrun has ended; it says why"
         else:
@@ -150,7 +154,7 @@ def add_arguments(parser):
     add("--transfer", nargs="+", default=[], choices=targets, metavar="NAME", help=transfer)
     model = "tiny, an open_clip name, or local-dir:DIR; default tiny for embedded data, else"
     add("--model", help=f"{model} ViT-B-32-quickgelu")
-    weights = "open_clip's tag, a checkpoint file, or none for random weights"
+    weights = "of a name: open_clip's tag, a checkpoint file, or none for random weights"
     add("--pretrained", default="openai", help=weights)
     eps = f"l_inf radius in pixels; default 1/255, and {round(255 * TINY_EPS)}/255 for tiny"
     add("--eps", type=fraction, help=f"{eps} (our choice)")
@@ -174,9 +178,11 @@ def add_arguments(parser):
 def parse(parser, argv=None):
     """Parse, fill the defaults that depend on others, set seed and attention kernel.
 
-    Under torchrun it joins the process group as well. Raises Fault.
+    args.left_out names the arguments that have been filled, or are to be by the program. Under
+    torchrun it joins the process group as well. Raises Fault.
     """
     args = parser.parse_args(argv)
+    args.left_out = [key for key, value in vars(args).items() if value is None]
     if args.model is None:
         args.model = "tiny" if args.dataset == "embedded" else "ViT-B-32-quickgelu"
     if args.eps is None:
@@ -186,7 +192,8 @@ def parse(parser, argv=None):
         raise Fault(f"--eps {args.eps:g} is more than half the range of a pixel, 0 to 1; {meant}")
     if "new" in args.transfer and args.classes != "base":
         raise Fault("--transfer new needs --classes base: train on one half, test on the other")
-    if len({args.dataset, *args.transfer}) <= len(args.transfer):
+    sets = [args.dataset, *args.transfer]
+    if len(set(sets)) < len(sets):
         named = f"--transfer {' '.join(args.transfer)}"
         raise Fault(f"{named} names a dataset twice, or --dataset {args.dataset}; name each once")
     if args.dtype == "float16":
@@ -194,30 +201,31 @@ def parse(parser, argv=None):
     if "LOCAL_RANK" in os.environ and args.device == "cuda":
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
+        kind = torch.device(args.device).type
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as fault:
         why = str(fault).splitlines()[0]
         raise Fault(f"device {args.device!r} cannot be used ({why}); try --device cpu")
     if args.dtype == "auto":
-        args.dtype = "bfloat16" if computes_in_bfloat16(args.device) else "float32"
+        args.dtype = "bfloat16" if computes_in_bfloat16(kind) else "float32"
     # the flash kernel is slow backwards on short sequences on CPU; this switch governs it there too
-    torch.backends.cuda.enable_flash_sdp(args.device != "cpu")
+    torch.backends.cuda.enable_flash_sdp(kind != "cpu")
     torch.manual_seed(args.seed)
-    if torch.distributed.is_torchelastic_launched():
-        if args.device != "cpu":
+    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+        if kind == "cuda":
             torch.cuda.set_device(args.device)
-        backend = "gloo" if args.device == "cpu" else "nccl"
+        backend = "nccl" if kind == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, timeout=datetime.timedelta(days=1))
     return args
 
 
-def computes_in_bfloat16(device):
-    """Does this device multiply in bfloat16, rather than emulate it?"""
-    if device.startswith("cuda"):
+def computes_in_bfloat16(kind):
+    """Does a device of this kind, such as cpu, multiply in bfloat16, rather than emulate it?"""
+    if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # AMX and AVX-512 on x86, BF16 on ARM: as Linux lists them
     listed = pathlib.Path("/proc/cpuinfo")
-    flags = listed.read_text().split() if device == "cpu" and listed.exists() else []
+    flags = listed.read_text().split() if kind == "cpu" and listed.exists() else []
     return not {"amx_bf16", "avx512_bf16", "bf16"}.isdisjoint(flags)
 
 
@@ -368,6 +376,7 @@ DATASETS = {
         "https://github.com/KaiyangZhou/CoOp (13,320 images)",
     ),
 }
+WNIDS = "imagenet", "tiny_imagenet"  # folders are named by WordNet
 IMAGE_SUFFIXES = {
     ".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm",
 }  # fmt: skip
@@ -453,22 +462,27 @@ def load_published(name, root):
     try:
         if name == "fgvc_aircraft":
             parsed = read_aircraft(folder)
-        elif name in ("imagenet", "tiny_imagenet"):
+        elif name in WNIDS:
             parsed = read_wnids(images, split)
         else:
             # CoOp's file: {"train": [[path, label, class name], ...], "val": ..., "test": ...}
             parsed = json.loads(split.read_text())
-    except (OSError, ValueError, KeyError) as fault:
+        lists = []
+        for part in PARTS:
+            lists.append([Item(images / path, label, word) for path, label, word in parsed[part]])
+    except (OSError, ValueError, KeyError, TypeError) as fault:
         kind = "is not JSON" if isinstance(fault, json.JSONDecodeError) else "cannot be read"
         why = f"{type(fault).__name__}: {fault}"
-        raise Fault(f"{split} {kind} ({why}); delete it, and the next run fetches it again")
+        todo = "delete it, and the next run fetches it again"
+        if split.suffix != ".json":
+            todo = f"it comes from {source.origin}"
+        raise Fault(f"{split} {kind} ({why}); {todo}")
+    if not all(lists):
+        raise Fault(f"{images} lacks images of train, val or test; they come from {source.origin}")
     md5 = hashlib.md5(json.dumps(parsed, sort_keys=True).encode()).hexdigest()
     if source.md5 and md5 != source.md5:
         found = f"content {md5}, expected {source.md5}"
         raise Fault(f"{split} is not the published split ({found}); delete it: it is fetched again")
-    lists = []
-    for part in PARTS:
-        lists.append([Item(images / path, label, word) for path, label, word in parsed[part]])
     names = {item.label: item.name for item in lists[0]}
     classes = [names[label].replace("_", " ") for label in sorted(names)]
     return Data(classes, source.template, *lists)
@@ -699,7 +713,8 @@ def load_open_clip(model, pretrained):
     tag = None if pretrained == "none" or local else pretrained
     logging.disable(logging.CRITICAL)  # open_clip logs what it raises as well
     try:
-        clip, _, _ = open_clip.create_model_and_transforms(model, pretrained=tag)
+        needed = pretrained != "none"  # else random weights, which open_clip only logs
+        clip = open_clip.create_model(model, pretrained=tag, require_pretrained=needed)
     except Exception as fault:  # open_clip raises whatever its downloaders raise
         why = f"{type(fault).__name__}: {str(fault)[:200]}"
         instead = "without a network, give --pretrained a checkpoint file, or use --model tiny"
@@ -738,11 +753,14 @@ class Classifier(nn.Module):
     """Zero-shot CLIP as a plain network: pixels (b, 3, h, w) in [0, 1] -> logits (b, classes).
 
     f(x) = s <z/|z|, t_c/|t_c|>, s the logit scale. Text features are computed once, by set_classes.
-    With dtype bfloat16 the image tower runs under autocast, except the patch embedding.
+    With dtype bfloat16 the image tower runs under autocast, except the patch embedding. Raises
+    ValueError for float16.
     """
 
     def __init__(self, clip, config, classes, template=PHOTO, dtype="float32"):
         super().__init__()
+        if dtype == "float16":
+            raise ValueError(HALF)
         self.clip = clip
         self.config = config
         self.dtype = getattr(torch, dtype)
@@ -762,9 +780,7 @@ class Classifier(nn.Module):
         """Classify among these from now on."""
         self.classes = list(classes)
         self.template = template
-        length = self.config["model_cfg"]["text_cfg"].get("context_length", 77)
-        tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=length)
-        tokens = tokenizer([template.format(name) for name in classes])
+        tokens = tokenizer_of(self.config)([template.format(name) for name in classes])
         self.register_buffer("tokens", tokens.to(self.mean.device))
         with torch.no_grad():
             self.register_buffer("text", self.encode_classes())
@@ -803,10 +819,16 @@ def tokens_first(transformer):
             block.attn.batch_first = False
 
 
+def tokenizer_of(config):
+    """The tokenizer of a CLIP's configuration; its context_length is how many tokens are read."""
+    length = config["model_cfg"]["text_cfg"].get("context_length", 77)
+    return open_clip.tokenizer.SimpleTokenizer(context_length=length)
+
+
 def check_names(classes, template, config):
     """Print a warning where two classes share a name, or a prompt does not fit the text tower."""
-    length = config["model_cfg"]["text_cfg"].get("context_length", 77)
-    tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=length)
+    tokenizer = tokenizer_of(config)
+    length = tokenizer.context_length
     seen = set()
     for name in classes:
         if name in seen:
@@ -844,6 +866,8 @@ def prepare(args):
     classifier = Classifier(clip, config, data.classes, data.template, args.dtype)
     if world > 1 and not rank:
         torch.distributed.barrier()
+    if args.split == "val" and args.dataset in WNIDS:
+        print(f"WARNING: val is the test set of {args.dataset}: choose no argument by it")
     train = decode(data.train, classifier.size, args.augment)
     tests = {}
     for name, data in chosen.items():
@@ -984,7 +1008,7 @@ def evaluate(
         "intervals": {name: interval(right) for name, right in accuracies.items()},
         "zero_gradient": (zero.sum() / max(1, attacked)).item(),
         "flags": flags,
-        "outcomes": "".join(str(int(c + r)) for c, r in zip(clean, clean * robust)),
+        "outcomes": "".join(str(int(c + r)) for c, r in zip(clean, robust)),
     }
 
 
@@ -1187,26 +1211,32 @@ def write(path, content):
 def run_folder(args, method):
     """A new folder <out>/<method>-<dataset>-<model>-<shots>shot-seed<seed>, -2, -3, ...
 
-    What cannot be written fails now, before the training. `write` makes the folder again.
+    What cannot be written fails now, before the training. A folder that stays empty goes at exit.
     """
     check_new(args.export)
-    model = args.model.replace("local-dir:", "").strip("/").replace("/", "-")
+    model = re.sub(r"[^\w.-]+", "-", args.model.removeprefix("local-dir:")).strip("-")
     name = f"{method}-{args.dataset}-{model}-{args.shots}shot-seed{args.seed}"
     if args.load:
         name += "-loaded"
     try:
         folder, n = args.out / name, 1
-        while any(folder.glob("*")):
+        while folder.exists():
             n += 1
             folder = args.out / f"{name}-{n}"
         if not processes()[0]:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True)
             tempfile.TemporaryFile(dir=folder).close()
-            folder.rmdir()
+            atexit.register(remove_if_empty, folder)
     except OSError as fault:
         why = fault.strerror
         raise Fault(f"cannot write to {args.out / name} ({why}); choose another folder with --out")
     return folder
+
+
+def remove_if_empty(folder):
+    """Remove a folder that holds nothing; leave any other."""
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def describe(args, method):
@@ -1327,6 +1357,8 @@ def check_new(folder):
     """Raises Fault where --export would overwrite something."""
     if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Fault(f"--export {folder} exists and is not empty; choose a new folder")
+    if folder and any(path.is_file() for path in folder.parents):
+        raise Fault(f"--export {folder} is below a file; choose a new folder")
 
 
 def export(clip, config, folder):

@@ -94,7 +94,7 @@ def main():
     add("--data-root", type=pathlib.Path, default=pathlib.Path("data"), help="folder of the data")
     args = parser.parse_args()
     if args.write:
-        PAGE.write_text(fill(PAGE.read_text()))
+        sweep.write(PAGE, fill(PAGE.read_text(encoding="utf-8")))
         return
     for dataset, row in missing():
         out = ROOT / "runs" / "autoattack" / f"{dataset}-{sweep.file_name(row)}"

@@ -163,7 +163,7 @@ def main():
             print(f"{folder}: {line['example']}, seed {line['seed']}")
         return
     if args.write:
-        PAGE.write_text(fill(PAGE.read_text()))
+        sweep.write(PAGE, fill(PAGE.read_text(encoding="utf-8")))
         return
     for (name, seed), words in missing(args.data_root.resolve()).items():
         print(shlex.join(words), flush=True)

@@ -215,7 +215,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="put the tables into RESULTS.md")
     if parser.parse_args().write:
-        PAGE.write_text(fill(PAGE.read_text()))
+        sweep.write(PAGE, fill(PAGE.read_text(encoding="utf-8")))
         return
     keep_clips()
     collect()

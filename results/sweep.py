@@ -36,6 +36,7 @@ PAGES = (ROOT / "README.md", HERE / "RESULTS.md", HERE / "CHOICES.md")
 # what a line tells besides the arguments of its run
 FACTS = {
     "table", "row", "versions", "commit", "device", "device_name", "processes", "peak_memory_mib",
+    "left_out",
     "before", "after", "masked", "off", "trained", "residual", "training_seconds", "seconds",
 }  # fmt: skip
 
@@ -91,9 +92,14 @@ def write_lines(file, lines, order=identity):
     """Write a file of lines in their order, whole or not at all."""
     lines.sort(key=order)
     file.parent.mkdir(parents=True, exist_ok=True)
+    write(file, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def write(file, text):
+    """Write a file whole or not at all."""
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
     try:
-        part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        part.write_text(text, encoding="utf-8", newline="\n")
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
@@ -235,6 +241,8 @@ def take(folder, everything, model):
     if not file.exists():
         raise Refused(f"{folder} has no result.json; expected the folder of a finished run")
     result = json.loads(file.read_text())
+    if result.get("before", "measured") is None:
+        raise Refused(f"{folder} is a run with --load, or of an earlier commit: it did not train")
     # of rows that fit, the one that says most: an argument left out fits what the program chose
     fitting = [run for run in everything if fits(run, result)]
     if not fitting:
@@ -253,9 +261,10 @@ def fits(run, result):
     if method != result["method"]:
         return False
     for key, value in asked.items():
-        left_out = value is None and key != "test_limit"
+        # what a row leaves out the program chose; earlier commits did not say what was left out
+        left_out = value is None and key in result.get("left_out", [key]) and key != "test_limit"
         of_machine = key in ("data_root", "out", "load", "export", "device", "dtype")
-        if not left_out and not of_machine and shorten(result[key]) != shorten(value):
+        if not left_out and not of_machine and shorten(result.get(key)) != shorten(value):
             return False
     return True
 
@@ -479,6 +488,8 @@ def main():
     unknown = [name for name in tables if name not in TABLES]
     if unknown:
         raise Refused(f"unknown table {', '.join(unknown)}; expected some of {', '.join(TABLES)}")
+    if args.jobs < 1:
+        raise Refused(f"--jobs {args.jobs} runs nothing; expected at least 1")
     data_root = args.data_root.resolve()
     everything = runs(tables, args.model, args.datasets, args.more)
     unfinished = [run for run in missing(everything, args.model) if not run.result()]
@@ -503,7 +514,7 @@ def main():
     elif args.write:
         for page in PAGES:
             if page.exists():
-                page.write_text(fill(page.read_text()))
+                write(page, fill(page.read_text(encoding="utf-8")))
     else:
         sweep(everything, data_root, args.jobs, args.model)
 

@@ -407,7 +407,7 @@ def test_a_faulty_input_is_one_sentence_and_no_file(
     arguments, words = ALL_FAULTS[name, fault]
     if fault == "other activation":
         told = "it must refuse before it loads, or downloads"
-        load = "create_model_and_transforms"
+        load = "create_model"
         monkeypatch.setattr(open_clip, load, lambda *_, **__: pytest.fail(told))
     if callable(arguments):
         arguments = arguments(tmp_path, picture_folder)

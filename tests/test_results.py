@@ -581,6 +581,8 @@ def test_an_unknown_table_and_an_empty_array_are_one_sentence(stubs, tmp_path):
     answer = stubs("nope")
     assert answer.returncode == 2 and answer.stderr.startswith("error: ")
     assert answer.stderr.count("\n") == 1 and "nope" in answer.stderr
+    answer = stubs("main", "--jobs", "0")
+    assert answer.returncode == 2 and answer.stderr.count("\n") == 1
     answer = stubs("earlier", "--slurm", "none.sh")
     assert answer.returncode == 2 and answer.stderr.count("\n") == 1
     assert not (tmp_path / "none.sh").exists()
@@ -598,7 +600,7 @@ def result_of(sweep, run, **facts):
     after = {"outcomes": "2" * 10}
     for folder in ("data_root", "out", "load", "export"):
         del asked[folder]
-    result = {"method": method, **asked, "versions": {}, "before": None, "after": after}
+    result = {"method": method, **asked, "versions": {}, "before": {}, "after": after}
     result |= {"training_seconds": 10, "peak_memory_mib": 1000}
     if method == "advmask":
         result |= {"masked": 884736, "off": 0.02}
@@ -659,6 +661,16 @@ def test_a_run_with_the_arguments_of_no_row_is_refused(empty, tmp_path):
         (tmp_path / "result.json").write_text(json.dumps(result))
         with pytest.raises(empty.Refused, match="no row of steps"):
             empty.take(tmp_path, [run], "tiny")
+
+
+def test_an_argument_that_a_row_leaves_out_must_have_been_left_out(empty, tmp_path):
+    run = empty.runs(["main"])[0]
+    for left_out, fits in ((["lam", "steps"], True), (["steps"], False)):
+        result = result_of(empty, run, lam=30, steps=100, left_out=left_out)
+        assert empty.fits(run, result) == fits
+    (tmp_path / "result.json").write_text(json.dumps(result_of(empty, run, before=None)))
+    with pytest.raises(empty.Refused, match="did not train"):
+        empty.take(tmp_path, [run], "tiny")
 
 
 def test_a_file_of_lines_is_written_whole_or_not_at_all(empty, monkeypatch, tmp_path):

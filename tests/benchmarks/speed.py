@@ -351,7 +351,9 @@ def main():
     if unknown:
         raise common.Fault(f"unknown part {unknown[0]}; expected some of {', '.join(PARTS)}")
     if args.dtype == "auto":
-        args.dtype = "bfloat16" if common.computes_in_bfloat16(args.device) else "float32"
+        args.dtype = (
+            "bfloat16" if common.computes_in_bfloat16(torch.device(args.device).type) else "float32"
+        )
     torch.backends.cuda.enable_flash_sdp(args.device != "cpu")  # as common.parse
     torch.manual_seed(0)
     threads = torch.get_num_threads()
