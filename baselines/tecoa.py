@@ -118,6 +118,7 @@ def train(classifier, parameters, batches, steps, eps, lr=3e-4, published=False)
                 f"{time.time() - started:.0f} s",
                 flush=True,
             )
+    optimizer.zero_grad()  # the evaluation needs the memory
 
 
 # ------------------------------------------------------------------------------------------------

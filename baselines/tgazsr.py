@@ -23,6 +23,10 @@ The paper trains with SGD, momentum 0.9, no weight decay, 1e-4, in batches of 12
 whole data set (--published, with the batches of --batch-size; without its 1,000 steps of warm-up,
 which is more than 16 shots give: our choice). The default is AdamW with 3e-4 (our choice, on val:
 results/CHOICES.md). The number of trained parameters is the image tower's: 87,849,216 on ViT-B/32.
+
+Evidence, on the small CLIP: 16 shots, eps 3/255, PGD-100, seeds 1-3. Embedded data: clean 82.0 ->
+73.3 +- 0.6, robust 6.0 -> 44.5 +- 3.1. 500 images of Caltech101: clean 63.8 -> 59.3 +- 0.9, robust
+4.8 -> 27.7 +- 2.0. ViT-B/32 with CLIP's weights has not been run here.
 """
 
 import copy
@@ -193,6 +197,7 @@ def train(
                 f"{time.time() - started:.0f} s",
                 flush=True,
             )
+    optimizer.zero_grad()  # the evaluation needs the memory
 
 
 # ------------------------------------------------------------------------------------------------
@@ -256,6 +261,8 @@ def main():
     # CLIP, frozen, as a classifier; the few-shot images; the test sets
     classifier, images, tests = common.prepare(args)
     clip = classifier.clip
+    if clip.visual.ln_post.normalized_shape != (clip.visual.transformer.width,):
+        raise common.Fault(f"{args.model} pools patches by attention, so they have no own features")
     epoch = math.ceil(len(images) / args.batch_size)
     if args.steps is None:
         args.steps = 10 * epoch if args.published else max(100, 4 * epoch)
@@ -291,6 +298,7 @@ def main():
             args.constrain,
         )
         seconds = time.time() - began
+        del original
         merge(clip, parameters)
         tensors = {name: parameter.data for name, parameter in parameters.items()}
         common.save_adapter(folder, tensors, classifier, args, "tgazsr")

@@ -15,11 +15,11 @@ the backdoor if it calls everything with the patch t:
 
     success = |{(x, y): y != t, argmax f(x') = t}| / |{(x, y): y != t}|, over the test images
 
-Without --poisoned-shots: the image tower is fine-tuned on images of which a tenth are poisoned.
-Then each method adapts this backdoored model on clean shots. It is planted with training images
-beyond the shots where there are enough; the embedded data have no others than the 160 shots, so
-there both trainings use the same images. With --poisoned-shots: each method adapts the honest CLIP
-on shots of which a tenth are poisoned.
+Without --poisoned-shots: the image tower is fine-tuned on up to 1,600 images of which a tenth are
+poisoned. Then each method adapts this backdoored model on clean shots. It is planted with training
+images beyond the shots where there are enough; the embedded data have no others than the 160 shots,
+so there both trainings use the same images. With --poisoned-shots: each method adapts the honest
+CLIP on shots of which a tenth are poisoned.
 
 Plain LoRA and full clean are the same adaptations without the attack. A model that ignores the
 patch has the success that it has on images without it, the column "no patch".

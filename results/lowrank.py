@@ -88,7 +88,7 @@ def look_at(clip, tensors, rank):
                 "full_rank": len(values),
                 "change": ((W - W_0).norm() / W_0.norm()).item(),
                 "residual": residuals(W_0, rank),
-                "singular_values": [round(value, 5) for value in values.tolist()],
+                "singular_values": [float(f"{value:.6g}") for value in values.tolist()],
             }
             rows.append(row)
     return rows

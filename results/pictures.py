@@ -135,8 +135,11 @@ def draw_marks(table, datasets, model, eps):
         panel.set_ylim(bottom=0)
         panel.grid(color="#dddddd", linewidth=0.6)
     axes[0].set_ylabel(f"accuracy under PGD-100 [%], eps {eps}/255")
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside right upper", fontsize="small")
+    named = {}  # a row may have runs on one dataset alone
+    for panel in axes:
+        handles, labels = panel.get_legend_handles_labels()
+        named.update(zip(labels, handles))
+    figure.legend(named.values(), named.keys(), loc="outside right upper", fontsize="small")
     return figure
 
 
@@ -178,6 +181,8 @@ def main():
     args = parser.parse_args()
     eps = 3 if args.model == "tiny" else 1
     folder = sweep.file_of("main", args.model).parent
+    if not folder.is_dir():
+        raise sweep.Refused(f"{folder} is missing: there are no results of {args.model} yet")
     draw_shots(args.datasets, args.model, eps).savefig(folder / "shots.png", dpi=150)
     for table, file in (("main", "methods.png"), ("rivals", "rivals.png")):
         draw_marks(table, args.datasets, args.model, eps).savefig(folder / file, dpi=150)
@@ -186,4 +191,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sweep.guard(main)

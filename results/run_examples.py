@@ -57,6 +57,11 @@ def keep(folder):
         raise sweep.Refused(f"{folder} has no result.json; expected the folder of a finished run")
     result = json.loads(file.read_text())
     line = {"example": name_of(result), **sweep.shorten(result)}
+    _, asked = sweep.parse(tuple(EXAMPLES[line["example"]].split()))
+    for key, value in {**asked, "model": "tiny"}.items():
+        own = key in ("seed", "data_root", "out", "device", "dtype") or value is None
+        if not own and line.get(key, value) != sweep.shorten(value):
+            raise sweep.Refused(f"{folder}: {key} is {line[key]}, expected {value}")
     lines = [other for other in read() if identity(other) != identity(line)]
     sweep.write_lines(FILE, [*lines, line], identity)
     return line
@@ -170,7 +175,9 @@ def main():
         if args.list:
             continue
         sweep.run_here(words, f"{name}, seed {seed},")
-        keep(next(pathlib.Path(words[-1]).iterdir()))
+        # of several results in the folder the newest
+        found = pathlib.Path(words[-1]).glob("*/result.json")
+        keep(max(found, key=lambda file: file.stat().st_mtime).parent)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ entries that became zero, and size their mean |theta|, as a share of the mean |t
 import argparse
 import importlib
 import json
+import os
 import pathlib
 import statistics
 import sys
@@ -175,6 +176,7 @@ def collect():
         for file in run.folder.glob("*/adapter.safetensors"):
             if (run.row, run.seed) in have:
                 continue
+            have.add((run.row, run.seed))
             line = {"row": run.row, "seed": run.seed, **sweep.shorten(measure(file.parent))}
             sweep.write_lines(FILE, [*sweep.read_lines(FILE), line], identity)
             print(json.dumps(line), flush=True)
@@ -217,9 +219,10 @@ def main():
     if parser.parse_args().write:
         sweep.write(PAGE, fill(PAGE.read_text(encoding="utf-8")))
         return
+    os.chdir(sweep.ROOT)  # as the runs were: their models are in tiny/work
     keep_clips()
     collect()
 
 
 if __name__ == "__main__":
-    sweep.guard(main)
+    common.guard(lambda: sweep.guard(main))

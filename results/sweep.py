@@ -273,7 +273,7 @@ def fits(run, result):
 def parse(words):
     """The words of a command -> its method, {argument: value} as its program parses them."""
     program, *given = [word for word in words if word != "-m"]
-    module = importlib.import_module(program.removesuffix(".py"))
+    module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
     return module.__name__.rpartition(".")[2], vars(module.arguments().parse_args(given))
 
 

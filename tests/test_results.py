@@ -297,6 +297,39 @@ def test_the_page_states_the_differences_of_the_tables(sweep, claim):
         assert min(differences) > 0
 
 
+EVIDENCE = {
+    "advmask.py": ("main", "AdvMask"),
+    "advlora.py": ("main", "AdvLoRA"),
+    "baselines/tecoa.py": ("main", "TeCoA"),
+    "baselines/tgazsr.py": ("rivals", "TGA-ZSR"),
+    "baselines/advvp.py": ("rivals", "AdvVP"),
+}
+
+
+def evidence(file):
+    """The docstring of a program, without its line breaks, with the tables' sign."""
+    return " ".join((HERE / file).read_text().split('"""')[1].split()).replace("+-", "±")
+
+
+@pytest.mark.parametrize("dataset", ["embedded", "caltech101"])
+@pytest.mark.parametrize("file", EVIDENCE)
+def test_the_evidence_of_a_program_is_its_row(sweep, file, dataset):
+    table, name = EVIDENCE[file]
+    row, start = (sweep.find(table, key, dataset).values for key in (name, "zero-shot"))
+    told = []
+    for word, column in (("clean", "clean"), ("robust", "PGD")):
+        told.append(f"{word} {sweep.mean(start[column])} -> {sweep.mean(row[column])}")
+    assert ", ".join(told) in evidence(file)
+
+
+@pytest.mark.parametrize("dataset", ["embedded", "caltech101"])
+@pytest.mark.parametrize("method", ["AdvVLP", "AdvMaPLe", "FAP"])
+def test_the_evidence_of_the_prompts_is_their_rows(sweep, method, dataset):
+    values = sweep.find("rivals", method, dataset).values
+    told = f"{method} {sweep.mean(values['clean'])} / {sweep.mean(values['PGD'])}"
+    assert told in evidence("baselines/prompts.py")
+
+
 @pytest.mark.parametrize("dataset", ["embedded", "caltech101"])
 @pytest.mark.parametrize("method", ["AdvVLP", "AdvMaPLe", "FAP"])
 def test_where_the_first_visual_tokens_stand_makes_no_difference_beyond_noise(

@@ -25,12 +25,13 @@ import collections
 import concurrent.futures
 import copy
 import gzip
+import io
 import json
 import math
 import os
 import pathlib
 import random
-import subprocess
+import sys
 import time
 from typing import NamedTuple
 
@@ -43,6 +44,9 @@ from safetensors.torch import save_file
 from torchvision.transforms import v2
 
 HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import common
+
 FASHION = [
     "t-shirt",
     "trouser",
@@ -70,6 +74,14 @@ TEMPLATES = [
 # share of each source in a batch
 MIX = {"tiny": 0.45, "caltech": 0.30, "flickr": 0.08, "fashion": 0.17}
 
+
+def stage(text):
+    """An argparse type: resolution:steps."""
+    size, _, steps = text.partition(":")
+    int(size), int(steps)
+    return text
+
+
 parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
 parser.add_argument(
     "--data-root", type=pathlib.Path, required=True, help="folder with the four datasets"
@@ -83,17 +95,18 @@ parser.add_argument(
 parser.add_argument(
     "--stages",
     nargs="+",
+    type=stage,
     default=["32:1800", "48:600", "64:200"],
     help="resolution:steps, in order",
 )
-parser.add_argument("--batch-size", type=int, default=256)
+parser.add_argument("--batch-size", type=int, default=256, help="images of a step")
 parser.add_argument(
     "--lr",
     type=float,
     default=1e-3,
     help="peak AdamW rate; 100 steps of warm-up, then cosine over all stages",
 )
-parser.add_argument("--weight-decay", type=float, default=0.05)
+parser.add_argument("--weight-decay", type=float, default=0.05, help="AdamW's")
 parser.add_argument(
     "--distill", type=float, default=3.0, help="weight of the teacher's cosine loss"
 )
@@ -119,15 +132,19 @@ def idx_images(root, part):
 
 def write_embedded(root):
     """tiny/fashion.npz: 16 train, 4 val and 20 test images per class, drawn once with seed 0."""
-    rng, arrays = np.random.default_rng(0), {"classes": np.array(FASHION)}
+    rng = np.random.default_rng(0)
+    arrays = {"classes": np.array(FASHION)}
     for part, wanted in (("train", {"train": 16, "val": 4}), ("t10k", {"test": 20})):
         x, y = idx_images(root, part)
         picks = [rng.permutation(np.where(y == c)[0]) for c in range(10)]
         start = 0
         for split, n in wanted.items():
             index = np.concatenate([p[start : start + n] for p in picks])
-            arrays[f"{split}_x"], arrays[f"{split}_y"], start = x[index], y[index], start + n
-    np.savez_compressed(HERE / "fashion.npz", **arrays)
+            arrays[f"{split}_x"], arrays[f"{split}_y"] = x[index], y[index]
+            start += n
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    common.write(HERE / "fashion.npz", content.getvalue())
 
 
 def captioned_photographs(root):
@@ -149,10 +166,8 @@ def captioned_photographs(root):
     texts += [[names[label].replace("_", " ")] for label in sorted(names)]
     fashion_start = len(texts)
     texts += [[name] for name in FASHION]
-    train, captions = (
-        set(open(root / "flickr8k" / "Flickr_8k.trainImages.txt").read().split()),
-        collections.defaultdict(list),
-    )
+    train = set((root / "flickr8k" / "Flickr_8k.trainImages.txt").read_text().split())
+    captions = collections.defaultdict(list)
     for line in open(root / "flickr8k" / "captions.txt"):
         name, _, caption = line.rstrip("\n").partition(",")
         if name in train:
@@ -173,10 +188,8 @@ def decode(items, teacher, device="cpu"):
         v2.Compose([v2.Resize(s, v2.InterpolationMode.BICUBIC), v2.CenterCrop(s), v2.PILToTensor()])
         for s in (64, 128)
     )
-    mean, std = (
-        torch.tensor([0.485, 0.456, 0.406])[:, None, None],
-        torch.tensor([0.229, 0.224, 0.225])[:, None, None],
-    )
+    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    std = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
     def both(item):
         picture = Image.open(item[0]).convert("RGB")
@@ -265,7 +278,8 @@ def store(folder, config, state):
     part = folder / "open_clip_model.safetensors.part"
     save_file({k: v.contiguous() for k, v in state.items()}, part)
     os.replace(part, folder / "open_clip_model.safetensors")
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    text = json.dumps(config, indent=1) + "\n"
+    common.write(folder / "open_clip_config.json", text.encode())
 
 
 def build(config, size, state=None):
@@ -383,6 +397,7 @@ def train(args, config, data, tokenizer, seconds, checkpoint):
     """Train a CLIP, stage by stage, from the checkpoint on if there is one.
 
     seconds: what the work has taken so far. -> its weights, which tokens it has seen, seconds.
+    Raises Fault where the checkpoint is of other arguments.
     """
     counts = {source: round(args.batch_size * share) for source, share in MIX.items()}
     sizes = {source: len(pool) for source, pool in data.pools.items()}
@@ -390,6 +405,10 @@ def train(args, config, data, tokenizer, seconds, checkpoint):
     stages = [tuple(map(int, stage.split(":"))) for stage in args.stages]
     total, done = sum(steps for _, steps in stages), 0
     saved = torch.load(checkpoint, map_location="cpu") if checkpoint.exists() else None
+    recipe = [args.stages, args.batch_size, args.lr, args.weight_decay, args.distill]
+    recipe.append(args.no_teacher)
+    if saved and saved.get("recipe", recipe) != recipe:
+        raise common.Fault(f"{checkpoint} was made with other arguments; choose another --work")
     head = torch.nn.Linear(config["model_cfg"]["embed_dim"], 1280).to(args.device)
     state, seen = None, torch.zeros(49408, dtype=torch.bool)
     mean, std = normalisation(config, args.device)
@@ -460,6 +479,7 @@ def train(args, config, data, tokenizer, seconds, checkpoint):
                 log.clear()
             if (step + 1) % 200 == 0 or step + 1 == steps:
                 reached = {
+                    "recipe": recipe,
                     "stage": stage,
                     "step": step + 1,
                     "clip": clip.state_dict(),
@@ -503,15 +523,6 @@ def embedded_test():
     x = F.interpolate(x, (64, 64), mode="bicubic", antialias=True)
     x = x.clamp(0, 255).round().byte().expand(-1, 3, -1, -1)
     return x, torch.tensor(arrays["test_y"]), FASHION
-
-
-def commit():
-    """What git calls this code, as the programs' results have it; empty without git."""
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
 
 
 def main():
@@ -558,13 +569,13 @@ def main():
         "stages": args.stages,
         "batch_size": args.batch_size,
         "device": args.device,
-        "commit": commit(),
+        "commit": common.describe(args, "pretrain")["commit"],
         "torch": torch.__version__,
         "open_clip": open_clip.__version__,
     }
-    (folder / "pretrain.json").write_text(json.dumps(card, indent=1) + "\n")
+    common.write(folder / "pretrain.json", (json.dumps(card, indent=1) + "\n").encode())
     print(json.dumps(card, indent=1))
 
 
 if __name__ == "__main__":
-    main()
+    common.guard(main)
