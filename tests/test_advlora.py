@@ -601,6 +601,9 @@ def test_training_is_the_loop_written_again(clean_weight, text, eps, lr):
         for name in names:
             # the rate of the loop is in single precision, which that of the loop again is not
             torch.testing.assert_close(found[name], wanted[name], rtol=0, atol=1e-7)
+    # text features of the factors as they are in the end, and no graph behind them
+    assert not net.text.requires_grad or not text
+    assert torch.equal(net.text, net.encode_classes())
 
 
 def test_training_moves_the_factors_and_nothing_else(classifier, images):

@@ -355,6 +355,27 @@ def test_aircraft_is_read_from_its_own_lists(tmp_path):
         common.load_dataset("fgvc_aircraft", tmp_path)
 
 
+@pytest.mark.parametrize("content", ['{"train": []}', "[1]", '{"train": [[1]]}'])
+def test_a_split_of_another_shape_is_refused(tmp_path, content):
+    (tmp_path / "food-101" / "images" / "pizza").mkdir(parents=True)
+    (tmp_path / "food-101" / "split_zhou_Food101.json").write_text(content)
+    with pytest.raises(common.Fault, match="split_zhou_Food101.json cannot be read"):
+        common.load_dataset("food101", tmp_path)
+
+
+def test_imagenet_without_its_folders_is_told_where_they_come_from(tmp_path):
+    images = tmp_path / "imagenet" / "images"
+    (images / "val").mkdir(parents=True)
+    (images / "val" / "1.JPEG").touch()  # as in the archive, without folders
+    (tmp_path / "imagenet" / "classnames.txt").write_text("n01 cat\n")
+    with pytest.raises(common.Fault, match="images/train.*it comes from https://image-net.org"):
+        common.load_dataset("imagenet", tmp_path)
+    (images / "train" / "n01").mkdir(parents=True)
+    (images / "train" / "n01" / "1.JPEG").touch()
+    with pytest.raises(common.Fault, match="lacks images of train, val or test"):
+        common.load_dataset("imagenet", tmp_path)
+
+
 def test_imagenet_is_read_from_its_folders(tmp_path):
     folder = tmp_path / "imagenet"
     for part, n in (("train", 3), ("val", 2)):
@@ -679,6 +700,11 @@ def test_bfloat16_gives_float32_logits_close_to_float32(tiny, embedded, images):
     assert 0 < (low - full).abs().max() < 0.05 * tiny[0].logit_scale.exp()
 
 
+def test_a_classifier_in_float16_is_refused(tiny):
+    with pytest.raises(ValueError, match="small gradients become zero"):
+        common.Classifier(*tiny, ["cat", "dog"], dtype="float16")
+
+
 class Counted(nn.Module):
     """A parametrisation that counts how often its weight is computed."""
 
@@ -738,6 +764,14 @@ def test_prepare_warns_before_anything_is_evaluated(tmp_path, picture_folder, ca
     common.prepare(parsed(*folder))
     out = capsys.readouterr().out
     assert out.startswith("WARNING: two classes are called 'cat'")
+
+
+@pytest.mark.parametrize("split, warned", [("val", True), ("test", False)])
+def test_prepare_warns_of_a_val_that_is_the_test_set(embedded, monkeypatch, capsys, split, warned):
+    monkeypatch.setattr(common, "load_dataset", lambda *_: embedded)
+    words = ["--dataset", "imagenet", "--model", "tiny", "--device", "cpu", "--shots", 1]
+    common.prepare(parsed(*words, "--split", split))
+    assert ("WARNING: val is the test set" in capsys.readouterr().out) == warned
 
 
 def test_prepare_loads_what_the_arguments_name(embedded, capsys):
