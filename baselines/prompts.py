@@ -25,7 +25,9 @@ template's first words, with which t_1 starts; class names and the rest stay. Th
 patches and have no position. As in FAP's code v_1 passes the image tower's first norm, ln_pre, with
 the patches, and the last v stay through the blocks that follow. Published are n = 2 and 9 blocks of
 12; the small CLIP has 4 text blocks, so prompts stand in front of 4 (our choice). AdvMaPLe's maps
-are MaPLe's (our choice: in FAP's code it has those of FAP).
+are MaPLe's (our choice: in FAP's code it has those of FAP). Every map is drawn by itself, and class
+names stand in the template (our choices: FAP's code copies one map, and writes names behind the
+template, as in "a photo of a {}. dog.").
 
 Trained on ViT-B/32, with n tokens, L blocks, and widths d_t = 512 and d_v = 768: AdvVLP
 L n (d_t + d_v) = 23,040; AdvMaPLe L (n d_t + d_t d_v + d_v) = 3,555,072; FAP
@@ -62,8 +64,8 @@ class Prompts(nn.Module):
     """n tokens for each of the first `depth` blocks of a text and of an image tower.
 
     words (n, d_t): where t_1 starts. width: d_v, of the image tower. All else starts at
-    N(0, 0.02^2), and maps as torch's linear layers do, as in FAP's code. Raises ValueError where
-    the method is not advvlp, advmaple or fap.
+    N(0, 0.02^2), and maps as torch's linear layers do. Raises ValueError where the method is not
+    advvlp, advmaple or fap.
     """
 
     def __init__(self, method, words, width, depth):
