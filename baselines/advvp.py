@@ -243,7 +243,7 @@ def arguments():
     add("--tokens", type=common.at_least(0), default=5, help=tokens)
     published = "the published recipe: SGD, 40 as the rate, 10 epochs"
     add("--published", action="store_true", help=published)
-    steps = "training steps; default 4 epochs, at least 100 (our choice), 10 with --published"
+    steps = "training steps; default 4 epochs, but 100 or more (our choice); --published: 10 epochs"
     add("--steps", type=common.at_least(1), help=steps)
     lr = "first rate; default 3e-3 (our choice), and 40 with --published"
     add("--lr", type=common.at_least(0, float), help=lr)

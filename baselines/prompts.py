@@ -133,6 +133,7 @@ def attach(clip, prompts):
         raise ValueError(f"{prompts.depth} blocks of prompts do not fit; expected at most {blocks}")
     end = len(clip.visual.positional_embedding)  # CLS and the patches
     handles = []
+    # only blocks may run tokens first; ln_pre and the whole transformer see (b, tokens, d)
 
     def embedded(embedding, inputs, output):
         return put(output, prompts.text(0), 1, True)
@@ -227,7 +228,8 @@ def features(classifier, x):
 def consistency(z_clean, z_adv, logits_clean, logits_adv):
     """FAP's second term -> scalar. z (b, d), logits (b, classes); both sides have gradients.
 
-    mean_i (cos(z_i, z~_i) + 1) KL(P_i || P~_i)
+    mean_i (cos(z_i, z~_i) + 1) KL(P_i || P~_i). The outputs are pulled together; the factor, as in
+    FAP, lets the features differ.
     """
     log_p = F.log_softmax(logits_clean, -1)
     log_q = F.log_softmax(logits_adv, -1)
@@ -273,7 +275,7 @@ def train(
     rates[:warmup] = min(1e-5, lr)
 
     for t, (x, y) in enumerate(batches):
-        # 1. t_c / |t_c|, through the prompts as they are now
+        # 1. the class features, by the prompts as they are now: t_c / |t_c|
         classifier.text = classifier.encode_classes()  # (classes, d)
 
         # 2. the inner maximisation: attack the current network, two steps of size eps
@@ -383,7 +385,7 @@ def arguments():
     add("--lam", type=common.at_least(0, float), default=1.5, help=lam)
     published = "the published recipe: SGD, 0.0035 as the rate, 10 epochs"
     add("--published", action="store_true", help=published)
-    steps = "training steps; default 4 epochs, at least 100 (our choice), 10 with --published"
+    steps = "training steps; default 4 epochs, but 100 or more (our choice); --published: 10 epochs"
     add("--steps", type=common.at_least(1), help=steps)
     lr = "first rate; default 3e-3, fap 1e-2 (our choice), and 0.0035 with --published"
     add("--lr", type=common.at_least(0, float), help=lr)
