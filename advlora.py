@@ -19,8 +19,8 @@ one number:
     min over A, B, a  E[ CE(f_W(x~), y) ]
     x~ = x + argmax over |delta|_inf <= eps of CE(f_W(x + delta), y)
 
-c makes A_0 and B_0 as long. W = W_0 at the start, and A, B and a all have a gradient there. Every
-matrix adds r (d_in + d_out) + 1 numbers; in_proj counts as three matrices, q, k and v. On
+c gives A_0 and B_0 equal norms. W = W_0 at the start, and A, B and a all have a gradient there.
+Every matrix adds r (d_in + d_out) + 1 numbers; in_proj counts as three matrices, q, k and v. On
 ViT-B/32's image tower with r = 8 that is 1,327,176 numbers.
 
 Evidence, on the small CLIP: 16 shots, eps 3/255, PGD-100, seeds 1-3, one CPU core, 2 to 4 minutes

@@ -791,7 +791,7 @@ class Classifier(nn.Module):
         if getattr(clip, "attn_mask", None) is None:  # not open_clip.CLIP itself
             return torch.cat([clip.encode_text(t, normalize=True) for t in tokens.split(256)])
         # the text tower is causal: what stands behind the longest prompt's end changes nothing, so
-        # it is left out. That is 67 of 77 tokens for Caltech101, in every step that trains prompts
+        # it is left out: 67 of 77 tokens for Caltech101
         n = int(tokens.argmax(1).max()) + 1
         shorter = {
             "positional_embedding": clip.positional_embedding[:n],
