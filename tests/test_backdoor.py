@@ -212,15 +212,19 @@ def test_finetune_trains_the_image_tower_and_freezes_it_again(classifier, images
 def test_finetune_attacks_only_where_eps_is_not_0(classifier, images, monkeypatch):
     calls = []
 
+    seen = []
+
     def pgd(net, x, y, eps, step, steps):
         calls.append((eps, step, steps))
-        return x
+        return torch.zeros_like(x)
 
     monkeypatch.setattr(advmask, "pgd", pgd)
+    classifier.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     backdoor.finetune(classifier, [images], 1, eps=0, lr=1e-4)
-    assert calls == []
+    assert calls == [] and torch.equal(seen[-1], images[0])
     backdoor.finetune(classifier, [images], 1, eps=0.01, lr=1e-4)
     assert calls == [(0.01, 0.01, 2)]
+    assert not seen[-1].any(), "it trains on what the attack gives"
 
 
 def test_three_adaptations_are_adversarial_and_two_are_not(classifier, monkeypatch):

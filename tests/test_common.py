@@ -2,11 +2,13 @@
 open_clip's own code. Its robust evaluation is in test_evaluation.py."""
 
 import argparse
+import copy
 import errno
 import io
 import json
 import os
 import pathlib
+import random
 import signal
 import subprocess
 import sys
@@ -68,6 +70,9 @@ def test_a_count_is_a_whole_number_of_at_least_1(text):
 def test_model_and_eps_depend_on_the_data_and_the_model(arguments, model, eps):
     args = parsed(*arguments)
     assert (args.model, args.eps) == (model, eps)
+    for name in ("model", "eps"):
+        assert (name in args.left_out) == (f"--{name}" not in arguments)
+    assert "seed" not in args.left_out
 
 
 def test_transfer_to_new_and_others_is_allowed_from_base():
@@ -227,6 +232,18 @@ def items_of(counts):
 
 def counted(items, classes):
     return np.bincount([item.label for item in items], minlength=classes).tolist()
+
+
+def test_few_shot_draws_train_before_val_and_classes_as_they_come():
+    train, val = common.few_shot(items_of([9, 9])[::-1], items_of([5, 5])[::-1], 2, seed=1)
+    # by random.sample of one random.Random(1)
+    generator = random.Random(1)
+    expected = []
+    for items, n in ((items_of([9, 9]), 2), (items_of([5, 5]), 2)):
+        for label in (1, 0):
+            mine = [item for item in items[::-1] if item.label == label]
+            expected.append(generator.sample(mine, n))
+    assert train == expected[0] + expected[1] and val == expected[2] + expected[3]
 
 
 def test_few_shot_gives_all_of_a_small_class():
@@ -428,6 +445,8 @@ def test_folder_splits_every_class(tmp_path, picture_folder):
             parts.append({item.image for item in part if item.label == label})
         assert [len(part) for part in parts] == [5, 2, 3]
         assert set.union(*parts) == set((root / name).iterdir())
+    names = [item.image.name for item in data.val]
+    assert names != ["0.png", "1.png"] * 2, "shuffled first"
     assert common.load_folder(root) == data, "the split must not change between runs"
 
 
@@ -568,6 +587,18 @@ def test_without_augmentation_a_batch_is_the_test_view(numbered):
     views = torch.stack([x for x, _ in common.TestImages(numbered, 64)]) / 255
     for x, y in common.batches(common.decode(numbered, 64, "none"), 64, 4, 3, "none"):
         assert torch.equal(x, views[y])
+
+
+def test_crops_are_at_least_half_of_the_image_and_half_of_them_are_flipped():
+    ramp = torch.linspace(0, 255, 80).to(torch.uint8).expand(3, 80, 80)
+    torch.manual_seed(0)
+    drawn = torch.cat([x for x, _ in common.batches([(ramp, 0)], 64, 1, 300)])
+    ends = drawn[:, 0, 32, [0, -1]]  # a crop's left and right end, 1 is the whole width
+    flipped = (ends[:, 0] > ends[:, 1]).float().mean()
+    widths = (ends[:, 0] - ends[:, 1]).abs()
+    assert 0.35 < flipped < 0.65
+    # half of the area, 4 / 3 as high as wide
+    assert widths.min() > 0.6 and widths.max() > 0.9
 
 
 def test_crops_differ_from_step_to_step_and_repeat_with_the_seed(decoded):
@@ -1011,11 +1042,35 @@ def test_an_adapter_carries_tensors_and_how_it_was_made(saved, embedded):
         assert facts["template"] == embedded.template
 
 
-def test_an_adapters_metadata_are_enough_for_its_classifier(saved, images):
+def test_an_adapters_metadata_are_enough_for_its_classifier(tmp_path, classifier):
+    classifier.set_classes(["cat", "dog"], "a drawing of a {}.")
+    common.save_adapter(tmp_path, {}, classifier, run_args(tmp_path), "m")
+    _, facts = common.load_adapter(tmp_path, "m", [])
+    again = common.adapted_classifier(facts, "cpu", "bfloat16")
+    assert again.classes == ["cat", "dog"] and again.dtype == torch.bfloat16
+    torch.testing.assert_close(again.text, classifier.text)
+
+
+def test_an_adapters_model_is_loaded_with_its_own_weights(saved, tiny, monkeypatch):
+    asked = []
+
+    def load_clip(*words):
+        asked.append(words)
+        return tiny
+
+    monkeypatch.setattr(common, "load_clip", load_clip)
     _, facts = common.load_adapter(saved[0], "m", [])
-    again = common.adapted_classifier(facts, "cpu", "float32")
-    assert again.classes == json.loads(facts["names"])
-    assert again(images[0][:1]).shape == (1, 10)
+    common.adapted_classifier({**facts, "pretrained": "laion2b"}, "cpu", "float32")
+    assert asked == [("tiny", "laion2b", "cpu")]
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": 32000}, {"hf_tokenizer_name": "x"}])
+def test_a_tokenizer_that_is_not_clips_is_refused(tiny, monkeypatch, change):
+    clip, config = copy.deepcopy(tiny)
+    config["model_cfg"]["text_cfg"].update(change)
+    monkeypatch.setattr(common, "load_tiny", lambda: (clip, config))
+    with pytest.raises(common.Fault, match="not CLIP's tokenizer"):
+        common.load_clip("tiny")
 
 
 @pytest.mark.parametrize("gone", ["method", "model", "pretrained", "names", "template", "weights"])

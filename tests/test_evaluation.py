@@ -793,6 +793,16 @@ def test_every_test_set_is_measured_with_its_own_classes(three_sets, unchecked):
     assert set(result["transfer"]) == {"second", "new"}
 
 
+def test_the_test_attack_has_steps_of_a_255th(unchecked):
+    net = Watched(Colours())
+    net.set_classes = net.net.set_classes
+    data, items = coloured(["red", "green"], 1, 0, 0)
+    args = SimpleNamespace(dataset="d", eps=0.1, test_steps=3, batch_size=1)
+    common.measure(net, {"d": (data, items)}, args)
+    first, second = net.inputs[-2:]
+    assert (second - first).abs().max() == pytest.approx(1 / 255, rel=1e-4)
+
+
 def test_h_is_the_harmonic_mean_of_four(three_sets, unchecked):
     result = common.measure(Colours(), three_sets, arguments())
     assert result["H"] == pytest.approx(4 / (1 / 80 + 1 / 60 + 1 / 60 + 1 / 30))

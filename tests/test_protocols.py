@@ -240,7 +240,7 @@ def test_larger_models_run_by_name(program, unchecked, picture_folder, tmp_path,
     assert answer.code == 0, answer.err
     assert "224 px, eps 1/255" in answer.out and f"{masked:,}" in answer.out
     result = result_in(tmp_path / "out")
-    assert (result["masked"], result["model"]) == (masked, model)
+    assert (result["masked"], result["model"], result["lam"]) == (masked, model, 50)
     assert len(result["after"]["outcomes"]) == 1
     size = adapter_in(tmp_path / "out").stat().st_size
     assert masked / 8 <= size <= masked / 8 + 20_000, "a bit a weight"

@@ -816,10 +816,10 @@ def test_training_prompts_is_the_loop_written_again(method, published, warmup):
     start = snapshot(weights)
 
     def train(watched):
-        prompts.train(net, learned, watched, 5, 0.1, method, 0.02, published, warmup, lam=1.5)
+        prompts.train(net, learned, watched, 5, 0.1, method, 0.02, published, warmup, lam=0.7)
 
     def again():
-        return train_prompts_again(start, batches, 0.1, method, 0.02, published, warmup, 1.5)
+        return train_prompts_again(start, batches, 0.1, method, 0.02, published, warmup, 0.7)
 
     compare(train, weights, batches, again)
     assert_frozen(net)
@@ -943,9 +943,14 @@ def test_by_default_a_run_has_100_steps_and_prompts_fit_the_small_clip(run, riva
 def test_prompts_start_as_the_words_of_the_datasets_template(run, monkeypatch, embedded):
     textured = embedded._replace(template="{} texture.")
     monkeypatch.setattr(common, "load_embedded", lambda: textured)
-    call = run("advvlp").call
+    finished = run("advvlp")
+    call = finished.call
     net = call["classifier"]
     assert net.template == "a photo of a {} texture."
+    assert [measured.templates for measured in finished.seen] == [
+        ["{} texture."],
+        ["a photo of a {} texture."],
+    ]
     expected = net.clip.token_embedding.weight[[320, 1125]]  # a photo
     assert torch.equal(call["prompts"].text(0), expected)
 
