@@ -682,6 +682,8 @@ def load_clip(model, pretrained="openai", device="cpu"):
     if not hasattr(clip.visual, "transformer") or own_words:
         wanted = "expected a ViT such as ViT-B-32-quickgelu"
         raise Fault(f"{model} has no vision transformer, or not CLIP's tokenizer; {wanted}")
+    if (config["preprocess_cfg"].get("resize_mode") or "shortest") != "shortest":
+        raise Fault(f"{model} squashes images into a square; expected one that cuts its square out")
     return clip.eval().requires_grad_(False).to(device), config
 
 

@@ -1064,6 +1064,14 @@ def test_an_adapters_model_is_loaded_with_its_own_weights(saved, tiny, monkeypat
     assert asked == [("tiny", "laion2b", "cpu")]
 
 
+def test_a_model_that_squashes_images_is_refused(tiny, monkeypatch):
+    clip, config = copy.deepcopy(tiny)
+    config["preprocess_cfg"]["resize_mode"] = "squash"
+    monkeypatch.setattr(common, "load_tiny", lambda: (clip, config))
+    with pytest.raises(common.Fault, match="squashes"):
+        common.load_clip("tiny")
+
+
 @pytest.mark.parametrize("change", [{"vocab_size": 32000}, {"hf_tokenizer_name": "x"}])
 def test_a_tokenizer_that_is_not_clips_is_refused(tiny, monkeypatch, change):
     clip, config = copy.deepcopy(tiny)
