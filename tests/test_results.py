@@ -468,7 +468,7 @@ def test_every_command_of_every_table_is_one_that_its_program_takes(sweep, model
 
 def test_the_page_has_the_command_of_every_table_with_published_numbers(sweep):
     text = (RESULTS / "RESULTS.md").read_text()
-    names = " ".join(re.search(r"NAMES are any of\n(.*?): all", text, re.DOTALL)[1].split())
+    names = " ".join(re.search(r"NAMES are any of\s(.*?): all", text, re.DOTALL)[1].split())
     assert set(names.split()) == set(common.DATASETS) - {"tiny_imagenet"}
     commands = re.findall(r"On a GPU: `python (.*?) NAMES`\.\n\n<!-- table (\S+) -->", text)
     assert {table for _, table in commands} == {*sweep.PUBLISHED, "rivals"}
