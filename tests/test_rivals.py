@@ -489,7 +489,8 @@ def test_text_prompts_stand_behind_the_start_token(classifier, method):
         p.data += 0.1 * torch.randn(p.shape)
     prompts.attach(clip, learned)
     after = block_inputs(clip.transformer, classifier.encode_classes)
-    assert [tokens.shape for tokens in after] == 4 * [(10, 24, 128)]
+    # of 24 places 10, which the longest of the ten prompts has
+    assert [tokens.shape for tokens in after] == 4 * [(10, 10, 128)]
     # the first one is embedded: it has positions
     first = learned.text(0) + clip.positional_embedding[1:3]
     assert torch.equal(after[0][:, [0]], before[0][:, [0]])
