@@ -789,21 +789,7 @@ class Classifier(nn.Module):
 
     def encode_classes(self):
         """t_c / |t_c| of every class's prompt   (classes, d)"""
-        clip, tokens = self.clip, self.tokens
-        if getattr(clip, "attn_mask", None) is None:  # not open_clip.CLIP itself
-            return torch.cat([clip.encode_text(t, normalize=True) for t in tokens.split(256)])
-        # the text tower is causal: what stands behind the longest prompt's end changes nothing, so
-        # it is left out: 67 of 77 tokens for Caltech101
-        n = int(tokens.argmax(1).max()) + 1
-        shorter = {
-            "positional_embedding": clip.positional_embedding[:n],
-            "attn_mask": clip.attn_mask[:n, :n],
-        }
-        parts = []
-        for some in tokens[:, :n].split(256):
-            _, t, *_ = torch.func.functional_call(clip, shorter, kwargs={"text": some})
-            parts.append(t)
-        return torch.cat(parts)
+        return torch.cat([encode_text(self.clip, part) for part in self.tokens.split(256)])
 
     def forward(self, x):
         low = torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -811,6 +797,22 @@ class Classifier(nn.Module):
         with low, parametrize.cached():
             z = self.clip.encode_image((x - self.mean) / self.std)  # (b, d)
         return self.scale * F.normalize(z.float(), dim=-1) @ self.text.T
+
+
+def encode_text(clip, tokens):
+    """tokens (m, context_length) -> t / |t| of every text   (m, d)
+
+    The text tower is causal: what stands behind the longest text's end changes nothing, so it is
+    left out: for Caltech101's classes 67 of 77 tokens.
+    """
+    if getattr(clip, "attn_mask", None) is None:  # not open_clip.CLIP itself
+        return clip.encode_text(tokens, normalize=True)
+    n = int(tokens.argmax(1).max()) + 1  # the end token has the highest number
+    shorter = {
+        "positional_embedding": clip.positional_embedding[:n],
+        "attn_mask": clip.attn_mask[:n, :n],
+    }
+    return torch.func.functional_call(clip, shorter, kwargs={"text": tokens[:, :n]})[1]
 
 
 def tokens_first(transformer):

@@ -75,8 +75,8 @@ TEMPLATES = [
 MIX = {"tiny": 0.45, "caltech": 0.30, "flickr": 0.08, "fashion": 0.17}
 
 
-def stage(text):
-    """An argparse type: resolution:steps."""
+def checked_stage(text):
+    """An argparse type: resolution:steps, as text."""
     size, _, steps = text.partition(":")
     int(size), int(steps)
     return text
@@ -95,7 +95,7 @@ parser.add_argument(
 parser.add_argument(
     "--stages",
     nargs="+",
-    type=stage,
+    type=checked_stage,
     default=["32:1800", "48:600", "64:200"],
     help="resolution:steps, in order",
 )
@@ -252,17 +252,6 @@ def contrastive(z, t, ids, text_ids, s):
         .mean()
     )
     return (image_to_text + text_to_image) / 2
-
-
-def encode_text(clip, tokens):
-    """clip.encode_text, without the columns that are padding in every row.
-
-    tokens (m, n_ctx) -> (m, d), unit length.
-    """
-    n = int(tokens.argmax(1).max()) + 1  # the end token has the highest number
-    t = clip.token_embedding(tokens[:, :n]) + clip.positional_embedding[:n]
-    t = clip.ln_final(clip.transformer(t, attn_mask=clip.attn_mask[:n, :n]))
-    return F.normalize(t[torch.arange(len(t)), tokens.argmax(1)] @ clip.text_projection, dim=-1)
 
 
 def configure(width):
@@ -451,7 +440,8 @@ def train(args, config, data, tokenizer, seconds, checkpoint):
             # 3. their features: the prompts of classes are short, captions are longer
             with torch.autocast(x.device.type, torch.bfloat16):
                 z = clip.encode_image((x - mean) / std).float()
-                parts = [encode_text(clip, part) for part in (tokens[:classes], tokens[classes:])]
+                halves = tokens[:classes], tokens[classes:]
+                parts = [common.encode_text(clip, part) for part in halves]
                 t = torch.cat([part.float() for part in parts])
 
             # 4. CLIP's loss, and the teacher's
