@@ -603,6 +603,83 @@ def test_more_steps_that_help_the_defender_are_flagged(unchecked):
     ]
 
 
+class Turns(nn.Module):
+    """Right on all images when first asked; on the noise wrong on the first `broken`."""
+
+    def __init__(self, broken):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(1))
+        self.wrong = [0, broken]
+
+    def forward(self, x):
+        right = torch.arange(len(x)) >= self.wrong.pop(0)
+        return self.w * torch.stack([right.float(), 1 - right.float()], 1)
+
+
+@pytest.mark.parametrize(
+    "planted, flag",
+    [
+        ({"zero": 1}, None),
+        ({"zero": 2}, "the first gradient is zero on 2.0 %"),
+        ({"noise": 1}, None),
+        ({"noise": 2}, "random noise breaks 2 images"),
+        ({"late": 0.81}, None),
+        ({"late": 0.79}, "more steps of the attack help"),
+    ],
+)
+def test_where_a_flag_of_all_images_begins(unchecked, monkeypatch, planted, flag):
+    def attack(net, x, *_):
+        zero = torch.arange(len(x)) < planted.get("zero", 0)
+        early = torch.ones(len(x))
+        return torch.ones(len(x)), zero, early, planted.get("late", 1.0) * early
+
+    monkeypatch.setattr(common, "attack", attack)
+    images = pairs(torch.full((100, 3, 4, 4), 0.5), torch.zeros(100).long())
+    net = Turns(planted.get("noise", 0)).eval()
+    raised = common.evaluate(net, images, 0.01, batch_size=100)["flags"]
+    assert len(raised) == (flag is not None)
+    assert all(one.startswith(flag) for one in raised)
+
+
+class Louder(torch.autograd.Function):
+    """The identity, whose gradient is `times` the true one."""
+
+    @staticmethod
+    def forward(ctx, x, times):
+        ctx.times = times
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.times * grad, None
+
+
+@pytest.mark.parametrize(
+    "planted, flag",
+    [
+        ({"withstood": 2}, None),
+        ({"withstood": 3}, "3 of 40 images withstand a ball"),
+        ({"guessed": 2}, None),
+        ({"guessed": 3}, "random guesses break 3 of 40 images"),
+        ({"times": 1.9}, None),
+        ({"times": 2.1}, "the gradient promises a slope"),
+        ({"times": 0.55}, None),
+        ({"times": 0.45}, "the gradient promises a slope"),
+    ],
+)
+def test_where_a_flag_of_some_images_begins(monkeypatch, planted, flag):
+    number = torch.arange(40)
+    withstood, guessed = planted.get("withstood", 0), planted.get("guessed", 0)
+    monkeypatch.setattr(common, "attack", lambda *_: (number < withstood,))
+    monkeypatch.setattr(common, "random_search", lambda *_: number >= guessed)
+    line = nn.Sequential(nn.Flatten(), nn.Linear(48, 2)).eval()
+    net = Around(line, before=lambda x: Louder.apply(x, planted.get("times", 1.0)))
+    images = pairs(torch.rand(40, 3, 4, 4), torch.zeros(40).long())
+    raised = common.sanity(net, images, 0.01, torch.ones(40))
+    assert len(raised) == (flag is not None)
+    assert all(one.startswith(flag) for one in raised)
+
+
 def test_one_image_is_enough(linear):
     image = [(linear.x[0], int(linear.net(linear.x[:1]).argmax()))]
     result = common.evaluate(linear.net, image, 1e-4, 2)
