@@ -49,10 +49,10 @@ def test_every_key_of_a_line_is_explained_and_its_commit_is_clean(scale):
         assert re.fullmatch("[0-9a-f]{12}", line["commit"])
 
 
-def gaps_of(scale, width, column):
-    """AdvMask minus TeCoA at this width, seed by seed."""
+def gaps_of(scale, width, column, other="TeCoA"):
+    """AdvMask minus the other at this width, seed by seed."""
     rows = []
-    for name in ("AdvMask", "TeCoA"):
+    for name in ("AdvMask", other):
         rows.append(scale.sweep.find("scale", f"width {width}, {name}", "caltech101"))
     mask, full = (row.values[column] for row in rows)
     return [a - b for a, b in zip(mask, full, strict=True)]
@@ -74,29 +74,49 @@ def test_the_page_and_the_readme_state_what_the_widths_show(scale):
         assert len(gaps) == 3 and max(gaps) < 0, "in each of the twelve pairs of runs"
         # t of two degrees of freedom
         reaches_zero = statistics.mean(gaps) + 4.303 * statistics.stdev(gaps) / 3**0.5 > 0
-        assert reaches_zero == (width in (192, 384))
+        assert reaches_zero == (width in (192, 288))
     clean = gaps_of(scale, 384, "clean")
-    assert sum(gap > 0 for gap in clean) == 1, "one seed of three has the other sign"
+    assert sum(gap > 0 for gap in clean) == 2, "two seeds of three have the other sign"
     assert max(low for _, low, _ in found["2"]) < min(high for _, _, high in found["2"]), "overlap"
     first, *_, last = found["12"]
     assert f"is {-first[0]:.0f} points at width 96 and {-last[0]:.0f} at 384" in text
-    assert last[1] < 0 < last[2]
+    lora = []
+    for width in scale.WIDTHS:
+        gaps = gaps_of(scale, width, "PGD", "AdvLoRA")
+        lora.append(-statistics.mean(gaps))
+        assert (max(gaps) < 0) == (width != 192), "within noise"
+    assert f"as well, by {min(lora):.0f} to {max(lora):.0f} points." in text
+    assert f"and is {lora[-1]:.0f} points ahead of it" in text
     off = []
-    for width in (96, 384):
+    for width in (96, 288):
         lines = scale.sweep.find("scale", f"width {width}, AdvMask", "caltech101").lines
         off.append(100 * statistics.mean(line["off"] for line in lines))
-    assert f"{off[0]:.1f} % of the entries are off at width 96, and {off[1]:.1f} % at 384" in text
+    assert f"{off[0]:.1f} % of the entries are off at width 96, and {off[1]:.1f} % at 288" in text
     ratios = []
     for width in scale.WIDTHS:
         moved = {}
         for line in lines_of(scale.FILE):
             if line["model"].endswith(f"width-{width}"):
                 moved.setdefault(line["method"], []).append(line["attention"])
-        ratios.append(statistics.mean(moved["advmask"]) / statistics.mean(moved["tecoa"]))
+        mean = {method: statistics.mean(some) for method, some in moved.items()}
+        ratios.append(mean["advmask"] / mean["tecoa"])
+        assert (mean["advlora"] > mean["advmask"]) == (width == 384)
         zero_shot = scale.sweep.find("scale", f"width {width}, zero-shot", "caltech101")
         assert zero_shot.values["PGD"][0] < 10
-    assert 2 < min(ratios) and max(ratios) < 5 and "moves the attention two to five times" in text
-    assert ratios[0] > 2 * ratios[-1] and "That ratio falls by half" in text
+    assert f"attention {min(ratios):.1f} to {max(ratios):.1f} times as far" in text
+    assert ratios == sorted(ratios, reverse=True) and "falls from width to width" in text
+
+
+def test_the_rate_and_steps_of_a_width_are_the_best_on_val(scale):
+    experiments = importlib.import_module("experiments")
+    for width in scale.WIDTHS:
+        for method, (_, texts) in experiments.SCALE.items():
+            sums = {}
+            for text in texts:
+                name = f"width {width}, {method} {text or 'defaults'}"
+                values = scale.sweep.find("scale-val", name, "caltech101").values
+                sums[text] = values["clean"][0] + values["PGD"][0]
+            assert experiments.CHOSEN[width, method] == max(sums, key=sums.get)
 
 
 def test_a_difference_is_paired_by_seed_and_image(scale):
