@@ -30,7 +30,7 @@ lowers the rate once an epoch, this one in every step (our choice). The default 
 the embedded data, and loses much on Caltech101: results/CHOICES.md.
 
 Evidence, on the small CLIP: 16 shots, eps 3/255, PGD-100, seeds 1-3. Embedded data: clean 82.0 ->
-56.3 +- 4.2, robust 6.0 -> 5.2 +- 0.6. 500 images of Caltech101: clean 63.8 -> 55.7 +- 1.0, robust
+56.3 +- 4.2, robust 5.5 -> 5.2 +- 0.6. 500 images of Caltech101: clean 63.8 -> 55.7 +- 1.0, robust
 4.8 -> 3.7 +- 0.2. So it loses clean accuracy and wins nothing. ViT-B/32 with CLIP's weights has not
 been run here.
 """

@@ -47,10 +47,7 @@ def spread(values):
 
 
 def curves(dataset, model="tiny"):
-    """{(method, clean or PGD): [(shots, mean, deviation), ...]}; zero-shot has 0 shots.
-
-    All points of a curve are of the same training: the row "earlier" comes before the present one.
-    """
+    """{(method, clean or PGD): [(shots, mean, deviation), ...]}; zero-shot has 0 shots."""
     points = {}
     for name in TABLES["shots"].rows:
         row = sweep.find("shots", name, dataset, model)
@@ -60,16 +57,8 @@ def curves(dataset, model="tiny"):
         number = int(shots.split()[0]) if shots else 0
         for key in STYLES:
             curve = points.setdefault((method, key), [])
-            if number not in [drawn for drawn, _, _ in curve]:
-                curve.append((number, *spread(row.values[key])))
+            curve.append((number, *spread(row.values[key])))
     return points
-
-
-def of_an_earlier_training(method, dataset, model):
-    """Has this curve's row of 2 shots a † in the tables?"""
-    name = f"{method}, 2 shots"
-    row = sweep.find("shots", name, dataset, model) if name in TABLES["shots"].rows else None
-    return row is not None and "optimizer" in row.lines[0]
 
 
 def marks(table, dataset, model="tiny"):
@@ -91,14 +80,23 @@ def panels(datasets, model, width):
     return figure, axes
 
 
+def draw_legend(figure, axes):
+    """Each name once: a row may have runs on one dataset alone."""
+    named = {}
+    for panel in axes:
+        handles, labels = panel.get_legend_handles_labels()
+        named.update(zip(labels, handles))
+    figure.legend(named.values(), named.keys(), loc="outside right upper", fontsize="small")
+
+
 def draw_shots(datasets, model, eps):
     """Accuracy over shots, clean and under PGD."""
     figure, axes = panels(datasets, model, 3.5)
     for panel, dataset in zip(axes, datasets):
         for (method, key), points in curves(dataset, model).items():
             shots, means, deviations = zip(*sorted(points))
-            earlier = " †" if of_an_earlier_training(method, dataset, model) else ""
-            label = f"{method}{earlier}, {key}"
+            label = f"{method}, {key}"
+
             colour = COLOURS[method]
             if method == "zero-shot":
                 line = STYLES[key][1:]
@@ -112,8 +110,7 @@ def draw_shots(datasets, model, eps):
         panel.set(xlabel="training images per class", xticks=SHOTS, xticklabels=SHOTS)
         panel.set_ylim(0, 100)
     axes[0].set_ylabel(f"accuracy [%] (PGD: PGD-100, eps {eps}/255)")
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside right upper", fontsize="small")
+    draw_legend(figure, axes)
     return figure
 
 
@@ -135,11 +132,7 @@ def draw_marks(table, datasets, model, eps):
         panel.set_ylim(bottom=0)
         panel.grid(color="#dddddd", linewidth=0.6)
     axes[0].set_ylabel(f"accuracy under PGD-100 [%], eps {eps}/255")
-    named = {}  # a row may have runs on one dataset alone
-    for panel in axes:
-        handles, labels = panel.get_legend_handles_labels()
-        named.update(zip(labels, handles))
-    figure.legend(named.values(), named.keys(), loc="outside right upper", fontsize="small")
+    draw_legend(figure, axes)
     return figure
 
 
@@ -169,8 +162,7 @@ def draw_scale():
         panel.set_ylim(bottom=0)
         panel.grid(color="#dddddd", linewidth=0.6)
     axes[0].set_ylabel("accuracy [%]")
-    handles = axes[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside right upper", fontsize="small")
+    draw_legend(figure, axes)
     return figure
 
 

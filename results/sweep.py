@@ -395,10 +395,7 @@ def table(name, model="tiny", datasets=()):
             if row is None:
                 continue
             columns = row.values
-            label = row_name.removesuffix(", earlier")
-            if "optimizer" in row.lines[0] and not row.zero_shot:
-                label += " †"
-            cells = [row.images, label, str(len(row.lines))]
+            cells = [row.images, row_name, str(len(row.lines))]
             for values in row.values.values():
                 cells.append(mean(values))
             cells.append(trained(row) + share_off(row))
