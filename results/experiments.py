@@ -82,7 +82,7 @@ def steps():
         "AdvMask, 300 steps, budget 3": Same("main", "AdvMask"),
         "AdvMask, 200 steps, budget 1.5": f"{ADVMASK} --steps 200 --budget 1.5",
     }
-    return Table(("caltech101",), SEEDS, rows)
+    return Table(("caltech101",), SEEDS, rows, FEW)
 
 
 def controls():
