@@ -347,8 +347,12 @@ TABLES = {
     "scale": scale(),
 }
 
-# The AdvMask paper, ViT-B/32, eps 1/255: table -> (what it is the mean of, {row: clean / PGD-100})
+# The papers of AdvMask and FAP, ViT-B/32, eps 1/255: table -> (a mean of what, {row: clean / PGD})
 PUBLISHED = {
+    "rivals": (
+        "mean of 11 datasets",
+        {"zero-shot": "61.91 / 4.26", "AdvMask": "- / 41.99", "FAP, published": "65.32 / 34.61"},
+    ),
     "shots": (
         "mean of 5 datasets",
         {"AdvMask, 1 shot": "46.6 / 18.4", "AdvMask, 16 shots": "67.3 / 47.1"},

@@ -66,6 +66,15 @@ def test_number_of_trained_parameters_in_vit_b_32():
     assert trained == 87_849_216 == 12 * block + (3 * 32**2 + 50 + 1 + 4 + 512) * 768
 
 
+def test_tecoa_with_a_rate_of_zero_is_clip():
+    clip, config = common.load_clip("tiny")
+    net = common.Classifier(clip, config, ["cat", "dog"], "a photo of a {}.", "float32")
+    before = {name: p.clone() for name, p in clip.state_dict().items()}
+    batch = torch.rand(2, 3, net.size, net.size), torch.tensor([0, 1])
+    tecoa.train(net, tecoa.attach(clip), [batch], 1, 3 / 255, lr=0.0)
+    assert all(torch.equal(p, before[name]) for name, p in clip.state_dict().items())
+
+
 # ------------------------------------------------------------------------------------------------
 # TeCoA: the pieces, copied out of the file
 # ------------------------------------------------------------------------------------------------

@@ -391,6 +391,21 @@ def test_the_evidence_of_the_prompts_is_their_rows(sweep, method, dataset):
     values = sweep.find("rivals", method, dataset).values
     told = f"{method} {sweep.mean(values['clean'])} / {sweep.mean(values['PGD'])}"
     assert told in evidence("baselines/prompts.py")
+    start = sweep.find("rivals", "zero-shot", dataset).values
+    told = f"zero-shot {sweep.mean(start['clean'])} / {sweep.mean(start['PGD'])}:"
+    assert told in evidence("baselines/prompts.py")
+
+
+@pytest.mark.parametrize("dataset", ["embedded", "caltech101"])
+def test_no_rival_sees_more_images_than_advmask(sweep, dataset):
+    def images(row):
+        found = sweep.find("rivals", row, dataset).lines
+        return {line["steps"] * line["batch_size"] for line in found}
+
+    (most,) = images("AdvMask")
+    for row in sweep.TABLES["rivals"].rows:
+        if row != "zero-shot" and not row.endswith(", published"):
+            assert max(images(row)) <= most
 
 
 @pytest.mark.parametrize("dataset", ["embedded", "caltech101"])
@@ -520,18 +535,24 @@ def test_the_page_has_the_command_of_every_table_with_published_numbers(sweep):
     names = " ".join(re.search(r"NAMES are any of\s(.*?): all", text, re.DOTALL)[1].split())
     assert set(names.split()) == set(common.DATASETS) - {"tiny_imagenet"}
     commands = re.findall(r"On a GPU: `python (.*?) NAMES`\.\n\n<!-- table (\S+) -->", text)
-    assert {table for _, table in commands} == {*sweep.PUBLISHED, "rivals"}
+    assert {table for _, table in commands} == set(sweep.PUBLISHED)
     for command, table in commands:
-        script, name, *words = command.split()
-        assert (script, name) == ("results/sweep.py", table)
+        script, *words = command.split()
+        assert script == "results/sweep.py"
+        tables = words[: words.index("--model")]
+        needed = {table}
+        for source in sweep.TABLES[table].rows.values():
+            if isinstance(source, sweep.Same | sweep.ZeroShot):
+                needed.add(source.table)
+        assert set(tables) == needed, "all that the table shows"
         ended = subprocess.run(
-            [sys.executable, HERE / script, name, *words, *names.split(), "--list"],
+            [sys.executable, HERE / script, *words, *names.split(), "--list"],
             capture_output=True,
             text=True,
         )
         assert ended.returncode == 0, ended.stderr
         listed = ended.stdout.splitlines()
-        assert len(listed) == len(sweep.runs([table], "ViT-B-32-quickgelu", names.split()))
+        assert len(listed) == len(sweep.runs(tables, "ViT-B-32-quickgelu", names.split()))
         assert all("--model ViT-B-32-quickgelu" in line for line in listed)
 
 
