@@ -181,6 +181,16 @@ def test_what_was_found_is_what_the_table_shows():
     small, large = (100 * ours / theirs for ours, theirs in (milliseconds, forwards))
     assert f"takes {small:.0f} % of the time, on ViT-B/32 {large:.0f} %" in text
     _, robust_tecoa = numbers("TeCoA")
+    behind = [robust_tecoa - numbers("AdvLoRA")[1]]
+    behind.append(float(re.search(cells_of("TeCoA"), page, re.MULTILINE)[1]))
+    behind[1] -= float(re.search(cells_of("AdvLoRA"), page, re.MULTILINE)[1])
+    assert f"is {behind[0]:.0f} and {behind[1]:.0f} points behind full fine-tuning" in text
+    for better, worse, words in (
+        ("AdvLoRA", "AdvLoRA, not aligned", "start helps on Caltech101**, by {:.0f} points"),
+        (r"CE \+ LAFA", "CE", "LAFA helps on Caltech101**, by {:.0f} points"),
+    ):
+        first, second = (re.search(cells_of(row), page, re.MULTILINE) for row in (better, worse))
+        assert words.format(float(first[1]) - float(second[1])) in text
     tecoa = float(re.search(cells_of("TeCoA"), page, re.MULTILINE)[1])
     ahead = f"TeCoA is {robust_tecoa - robust:.0f} and {tecoa - mask:.0f} above AdvMask"
     assert ahead in text

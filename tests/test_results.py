@@ -396,6 +396,24 @@ def test_the_evidence_of_the_prompts_is_their_rows(sweep, method, dataset):
     assert told in evidence("baselines/prompts.py")
 
 
+def test_the_page_states_the_means_of_base_to_new_and_of_transfer(sweep):
+    text = " ".join((RESULTS / "RESULTS.md").read_text().split())
+
+    def mean(table, dataset, row, column):
+        return statistics.mean(sweep.find(table, row, dataset).values[column])
+
+    H = {
+        row: mean("base-to-new", "caltech101", row, "H") for row in sweep.TABLES["base-to-new"].rows
+    }
+    assert f"prompt, {H['AdvMask']:.1f} to AdvMaPLe's {H['AdvMaPLe']:.1f}." in text
+    assert f"TGA-ZSR's H is {H['TGA-ZSR']:.1f}, TeCoA's {H['TeCoA']:.1f}." in text
+    rows = "zero-shot", "AdvMask"
+    new = [mean("base-to-new", "caltech101", row, "new PGD") for row in rows]
+    assert f"but little, {new[0]:.1f} to {new[1]:.1f} %." in text
+    kept = mean("transfer", "tiny_imagenet", "AdvMask", "embedded PGD")
+    assert f"It keeps {kept:.1f} % there, where guessing gives 10 %" in text
+
+
 @pytest.mark.parametrize("dataset", ["embedded", "caltech101"])
 def test_no_rival_sees_more_images_than_advmask(sweep, dataset):
     def images(row):
