@@ -174,7 +174,7 @@ CLAIMS = [
     ),
     ("rivals", "embedded", "AdvMask", "FAP", "PGD", "and {:.0f} ahead of FAP", 1),
     ("rivals", "embedded", "TGA-ZSR", "AdvMask", "PGD", "TGA-ZSR is {:.0f} points ahead of", 1),
-    ("rivals", "embedded", "TGA-ZSR", "AdvMask", "clean", "and {:.0f} clean points. **How", 1),
+    ("rivals", "embedded", "TGA-ZSR", "AdvMask", "clean", "and {:.0f} clean points, on the", 1),
     ("rivals", "embedded", "TGA-ZSR", "TeCoA", "clean", "and {:.0f} clean points ahead of it", 1),
     ("rivals", "caltech101", "TGA-ZSR", "TeCoA", "clean", "of it, on Caltech101 {:.0f}.", 1),
     ("rivals", "embedded", "AdvVLP", "AdvMask", "clean", "keep {:.0f} clean points more", 0),
@@ -200,7 +200,7 @@ CLAIMS = [
         1,
     ),
     ("rivals", "caltech101", MAPLE, "AdvMaPLe", "clean", "keeps {:.0f} clean points more and", 1),
-    ("rivals", "caltech101", "FAP, published", "FAP", "clean", "more and FAP's {:.0f}, and", 0),
+    ("rivals", "caltech101", "FAP, published", "FAP", "clean", "more and FAP's {:.0f}, which", 0),
     ("rivals", "caltech101", "TGA-ZSR", TGA, "PGD", "TGA-ZSR is {:.0f} points less robust", 1),
     (
         "rivals",
@@ -284,8 +284,8 @@ CLAIMS = [
     (
         "loss",
         "caltech101",
-        "CE + LAFA",
-        "CE + JS",
+        LAFA,
+        f"{LAFA} unweighted",
         "clean",
         "and {:.0f} to 9 above the others. W",
         1,
@@ -296,7 +296,7 @@ CLAIMS = [
         "CE + LAFA",
         "CE + KL",
         "clean",
-        "and 7 to {:.0f} above the others. W",
+        "and 6 to {:.0f} above the others. W",
         1,
     ),
     ("loss", "caltech101", f"{LAFA}, 1 shot", "CE + JS, 1 shot", "clean", "{:.0f} to 6 clean", 1),
@@ -500,7 +500,7 @@ def test_only_shirts_and_bags_are_robust_among_the_embedded_new_classes(embedded
     new = common.half(embedded, "new")
     expected = {"AdvMask": {"shirt", "bag"}, "AdvLoRA": {"shirt"}}
     for line in lines_of(RESULTS / "base-to-new.jsonl"):
-        if line["dataset"] == "embedded":
+        if line["dataset"] == "embedded" and line["row"] in expected:
             outcomes = line["after"]["transfer"]["new"]["outcomes"]
             assert set(robust_names(new.test, outcomes)) == expected[line["row"]]
 
