@@ -69,6 +69,44 @@ def test_every_class_has_a_prompt_and_only_captions_of_the_batch_are_read():
     assert all(name[0] in prompt for name, prompt in zip(texts, prompts[:-2]))
 
 
+def test_a_killed_training_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    texts = [["cat"], *[[name] for name in pretrain.FASHION], ["a caption"]]
+    images = torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8)
+    pools = {"tiny": torch.tensor([0]), "caltech": torch.tensor([1]), "flickr": torch.tensor([2])}
+    garments = np.zeros((10, 28, 28), dtype=np.uint8), np.arange(10)
+    ids = torch.tensor([0, 0, 11])
+    data = pretrain.Data(images, torch.ones(3, 1280), ids, pools, texts, 1, *garments)
+    words = ["--data-root", str(tmp_path), "--batch-size", "12", "--stages", "32:2", "32:3"]
+    args = pretrain.parser.parse_args([*words, "--device", "cpu"])
+    config = pretrain.configure(96)
+    tokenizer = common.tokenizer_of(config)
+    checkpoint = tmp_path / "checkpoint.pt"
+    drawn = []
+    plain = pretrain.draw
+
+    def draw(data, counts, number):
+        drawn.append(number)
+        if len(drawn) == 4:
+            raise KeyboardInterrupt
+        return plain(data, counts, number)
+
+    monkeypatch.setattr(pretrain, "draw", draw)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.train(args, config, data, tokenizer, 0, checkpoint)
+    reached = torch.load(checkpoint)
+    assert (reached["stage"], reached["step"], drawn) == (0, 2, [0, 1, 2, 3])
+
+    state, seen, _ = pretrain.train(args, config, data, tokenizer, 0, checkpoint)
+    assert drawn[4:] == [2, 3, 4], "the second stage alone is trained again"
+    assert torch.load(checkpoint)["step"] == 3 and seen.any()
+    again, _, _ = pretrain.train(args, config, data, tokenizer, 0, checkpoint)
+    assert len(drawn) == 7 and all(torch.equal(again[name], state[name]) for name in state)
+
+    args.lr = 1e-2
+    with pytest.raises(common.Fault, match="was made with other arguments"):
+        pretrain.train(args, config, data, tokenizer, 0, checkpoint)
+
+
 def test_a_width_that_three_heads_cannot_share_is_refused(tmp_path):
     command = [sys.executable, HERE / "tiny/pretrain.py", "--data-root", tmp_path, "--width", "100"]
     ended = subprocess.run(command, capture_output=True, text=True)

@@ -42,6 +42,13 @@ def test_zero_shot_is_that_of_the_clips(scale):
             assert abs(row.values["clean"][0] - line["zero_shot_caltech101_test"]) < 5
 
 
+def test_the_clips_differ_in_width_alone(scale):
+    lines = lines_of(scale.CLIPS_FILE)
+    assert [line["width"] for line in lines] == list(scale.WIDTHS)
+    recipes = [[line[key] for key in ("stages", "batch_size", "teacher")] for line in lines]
+    assert recipes == [recipes[0]] * len(lines)
+
+
 def test_every_key_of_a_line_is_explained_and_its_commit_is_clean(scale):
     explained = set(re.findall(r"`(\w+)`", (RESULTS / "README.md").read_text()))
     for line in (*lines_of(scale.FILE), *lines_of(scale.CLIPS_FILE)):
