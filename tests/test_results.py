@@ -410,6 +410,8 @@ def test_the_page_states_the_means_of_base_to_new_and_of_transfer(sweep):
     rows = "zero-shot", "AdvMask"
     new = [mean("base-to-new", "caltech101", row, "new PGD") for row in rows]
     assert f"but little, {new[0]:.1f} to {new[1]:.1f} %." in text
+    new = [mean("base-to-new", "embedded", row, "new PGD") for row in ("TeCoA", "TGA-ZSR")]
+    assert f"TeCoA keeps {new[0]:.1f} % on new classes, TGA-ZSR {new[1]:.1f} %" in text
     kept = mean("transfer", "tiny_imagenet", "AdvMask", "embedded PGD")
     assert f"It keeps {kept:.1f} % there, where guessing gives 10 %" in text
 
@@ -500,9 +502,12 @@ def test_only_shirts_and_bags_are_robust_among_the_embedded_new_classes(embedded
     new = common.half(embedded, "new")
     expected = {"AdvMask": {"shirt", "bag"}, "AdvLoRA": {"shirt"}}
     for line in lines_of(RESULTS / "base-to-new.jsonl"):
-        if line["dataset"] == "embedded" and line["row"] in expected:
+        if line["dataset"] == "embedded":
             outcomes = line["after"]["transfer"]["new"]["outcomes"]
-            assert set(robust_names(new.test, outcomes)) == expected[line["row"]]
+            names = set(robust_names(new.test, outcomes))
+            assert names == expected.get(line["row"], names)
+            if line["row"] in ("TeCoA", "TGA-ZSR"):
+                assert len(names) >= 3, "of three classes or more with every seed"
 
 
 def test_most_embedded_images_that_advmask_keeps_from_tiny_imagenet_are_bags(embedded):
