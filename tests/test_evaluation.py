@@ -517,24 +517,24 @@ def test_a_saturated_softmax_is_flagged(linear):
 
 
 class Backwards(torch.autograd.Function):
-    """The identity with another gradient: that of noise, or the opposite one."""
+    """The identity with another gradient: noise, or a multiple of the true one."""
 
     @staticmethod
-    def forward(ctx, x, kind):
-        ctx.kind = kind
+    def forward(ctx, x, gradient):
+        ctx.gradient = gradient
         return x.clone()
 
     @staticmethod
     def backward(ctx, grad):
-        if ctx.kind == "opposite":
-            return -grad, None
-        return torch.randn(grad.shape, generator=torch.Generator().manual_seed(0)), None
+        if ctx.gradient == "noise":
+            return torch.randn(grad.shape, generator=torch.Generator().manual_seed(0)), None
+        return ctx.gradient * grad, None
 
 
-@pytest.mark.parametrize("kind", ["noise", "opposite"])
-def test_a_masked_gradient_that_is_not_zero_is_flagged(small, kind):
+@pytest.mark.parametrize("gradient", ["noise", -1.0])
+def test_a_masked_gradient_that_is_not_zero_is_flagged(small, gradient):
     net, images = small
-    masked = Around(net, before=lambda x: Backwards.apply(x, kind))
+    masked = Around(net, before=lambda x: Backwards.apply(x, gradient))
     raised = flags(masked, images, eps=8 / 255)
     assert any("promises a slope" in flag for flag in raised)
     assert any("random guesses break" in flag for flag in raised)
@@ -550,7 +550,7 @@ def test_a_model_that_withstands_a_huge_ball_is_flagged():
 
 
 def test_noise_that_hurts_more_than_the_attack_is_flagged(linear):
-    masked = Around(linear.net, before=lambda x: Backwards.apply(x, "opposite"))
+    masked = Around(linear.net, before=lambda x: Backwards.apply(x, -1.0))
     raised = flags(masked, linear.images, eps=0.1)
     assert any("random noise breaks" in flag for flag in raised)
 
@@ -641,19 +641,6 @@ def test_where_a_flag_of_all_images_begins(unchecked, monkeypatch, planted, flag
     assert all(one.startswith(flag) for one in raised)
 
 
-class Louder(torch.autograd.Function):
-    """The identity, whose gradient is `times` the true one."""
-
-    @staticmethod
-    def forward(ctx, x, times):
-        ctx.times = times
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return ctx.times * grad, None
-
-
 @pytest.mark.parametrize(
     "planted, flag",
     [
@@ -673,7 +660,7 @@ def test_where_a_flag_of_some_images_begins(monkeypatch, planted, flag):
     monkeypatch.setattr(common, "attack", lambda *_: (number < withstood,))
     monkeypatch.setattr(common, "random_search", lambda *_: number >= guessed)
     line = nn.Sequential(nn.Flatten(), nn.Linear(48, 2)).eval()
-    net = Around(line, before=lambda x: Louder.apply(x, planted.get("times", 1.0)))
+    net = Around(line, before=lambda x: Backwards.apply(x, planted.get("times", 1.0)))
     images = pairs(torch.rand(40, 3, 4, 4), torch.zeros(40).long())
     raised = common.sanity(net, images, 0.01, torch.ones(40))
     assert len(raised) == (flag is not None)

@@ -23,7 +23,7 @@ RIVALS = {
     "advmaple": ("baselines.prompts", "--method", "advmaple"),
     "fap": ("baselines.prompts", "--method", "fap"),
 }
-TECOA = {"tecoa": ("baselines.tecoa",)}
+WITH_TECOA = {"tecoa": ("baselines.tecoa",), **RIVALS}
 METHODS = "advvlp", "advmaple", "fap"
 MODULES = {"tgazsr": tgazsr, "advvp": advvp, "prompts": prompts}
 
@@ -1111,7 +1111,7 @@ FAST = {
 @pytest.mark.numbers
 @pytest.mark.parametrize("rival", FAST)
 def test_training_wins_accuracy_under_pgd_20(program, tmp_path, unchecked, rival):
-    name, *own = {**RIVALS, **TECOA}[rival]
+    name, *own = WITH_TECOA[rival]
     arguments, gain = FAST[rival]
     answer = program(name, *own, *TRAINING, *arguments, "--out", tmp_path / "out")
     assert answer.code == 0, answer.err
@@ -1135,7 +1135,7 @@ TRAINED = {
 def test_vit_b_32_takes_a_step(program, picture_folder, tmp_path, unchecked, rival):
     mine = ("--dataset", "folder", "--data-root", picture_folder(tmp_path / "mine", n=3))
     few = ("--shots", 1, "--steps", 1, "--batch-size", 2, "--test-steps", 1, "--test-limit", 1)
-    name, *own = {**RIVALS, **TECOA}[rival]
+    name, *own = WITH_TECOA[rival]
     answer = program(name, *own, *mine, *few, "--pretrained", "none", "--out", tmp_path / "out")
     assert answer.code == 0, answer.err
     assert "224 px, eps 1/255" in answer.out

@@ -87,6 +87,7 @@ def test_the_page_and_the_readme_state_what_the_widths_show(scale):
     assert max(low for _, low, _ in found["2"]) < min(high for _, _, high in found["2"]), "overlap"
     first, *_, last = found["12"]
     assert f"is {-first[0]:.0f} points at width 96 and {-last[0]:.0f} at 384" in text
+    assert last[1] < 0 < last[2]
     lora = []
     for width in scale.WIDTHS:
         gaps = gaps_of(scale, width, "PGD", "AdvLoRA")
