@@ -330,7 +330,19 @@ CLAIMS = [
     (*TRANSFER, "AdvMask", "zero-shot", "embedded PGD", "and {:.0f} points on", 1),
     (*TRANSFER, "AdvMask", "zero-shot", "caltech101 PGD", "gains nothing under PGD", 0),
     (*TRANSFER, "AdvLoRA", "zero-shot", "embedded PGD", "gains {:.0f} points", 1),
-    (*TRANSFER, "AdvLoRA", "zero-shot", "caltech101 PGD", "on Caltech101 {:.0f}, near", 1),
+    (*TRANSFER, "AdvLoRA", "zero-shot", "caltech101 PGD", "and on Caltech101 {:.0f}. It is", 1),
+    (*TRANSFER, "AdvLoRA", "AdvMask", "tiny_imagenet PGD", "robust than AdvMask on all three", 1),
+    (*TRANSFER, "AdvLoRA", "AdvMask", "caltech101 PGD", "robust than AdvMask on all three", 1),
+    (*TRANSFER, "AdvLoRA", "AdvMask", "embedded PGD", "robust than AdvMask on all three", 1),
+    (
+        "base-to-new",
+        "caltech101",
+        "zero-shot",
+        "AdvMask",
+        "base clean",
+        "lose {:.0f} clean points",
+        1,
+    ),
     (*TRANSFER, "TeCoA", "TGA-ZSR", "tiny_imagenet PGD", "most robust on all three sets", 1),
     (*TRANSFER, "TeCoA", "TGA-ZSR", "caltech101 PGD", "most robust on all three sets", 1),
     (*TRANSFER, "TeCoA", "TGA-ZSR", "embedded PGD", "most robust on all three sets", 1),
@@ -418,6 +430,9 @@ def test_the_page_states_the_means_of_base_to_new_and_of_transfer(sweep):
     assert f"but little, {new[0]:.1f} to {new[1]:.1f} %." in text
     new = [mean("base-to-new", "embedded", row, "new PGD") for row in ("TeCoA", "TGA-ZSR")]
     assert f"TeCoA keeps {new[0]:.1f} % on new classes, TGA-ZSR {new[1]:.1f} %" in text
+    shots = [mean("shots", "caltech101", f"AdvMask, {k} shots", "PGD") for k in (8, 16)]
+    told = f"AdvMask keeps {shots[0]:.1f} % under PGD with 8 shots, {shots[1]:.1f} % with 16,"
+    assert f"{told} and {mean('steps', 'caltech101', SHORT, 'PGD'):.1f} % with 16 shots in" in text
     kept = mean("transfer", "tiny_imagenet", "AdvMask", "embedded PGD")
     assert f"It keeps {kept:.1f} % there, where guessing gives 10 %" in text
 
