@@ -47,6 +47,7 @@ ADVVP = "-m baselines.advvp"
 ADVVLP = "-m baselines.prompts --method advvlp"
 ADVMAPLE = "-m baselines.prompts --method advmaple"
 FAP = "-m baselines.prompts --method fap"
+ALTERNATIVES = "results/alternatives.py"
 METHODS = {
     "AdvMask": ADVMASK,
     "AdvLoRA": ADVLORA,
@@ -164,6 +165,18 @@ def on_val(program, shared, arguments):
     return rows
 
 
+def otherwise(shared, choices):
+    """The same of results/alternatives.py, its rows named by the choice."""
+    rows = {}
+    for text in choices:
+        rows[text] = f"{ALTERNATIVES} {text} --split val --test-steps 20 {shared}".strip()
+    return rows
+
+
+# what AdvMask's program cannot be told
+OTHERWISE = ("tokens", "raw --lam 0.5", "attached", "undivided", "adam", "adam --budget 3")
+
+
 def choices():
     arguments = (
         "--lam 0",
@@ -175,7 +188,10 @@ def choices():
         "--steps 600 --budget 3",
         "--batch-size 64",
     )
-    return Table(("caltech101",), SEEDS, on_val(ADVMASK, "--steps 150", arguments), 200)
+    rows = on_val(ADVMASK, "--steps 150", arguments)
+    scaled = [f"scale --lam {lam}" for lam in (0, 50, 150, 500, 1500)]
+    rows.update(otherwise("--steps 150", [*OTHERWISE, *scaled]))
+    return Table(("caltech101",), SEEDS, rows, 200)
 
 
 def choices_embedded():
@@ -187,7 +203,8 @@ def choices_embedded():
         "--budget 3",
         "--steps 300 --budget 3",
     )
-    return Table(("embedded",), SEEDS, on_val(ADVMASK, "", arguments))
+    rows = on_val(ADVMASK, "", arguments) | otherwise("", OTHERWISE)
+    return Table(("embedded",), SEEDS, rows)
 
 
 def lora():
@@ -207,6 +224,7 @@ def lora():
     full = on_val(TECOA, "--steps 150", ("--lr 3e-5", "--lr 1e-4", "--lr 1e-3", "--augment none"))
     for row, text in full.items():
         rows["TeCoA " + row.replace("defaults", "--lr 3e-4")] = text
+    rows.update(otherwise("--steps 150", ["unbalanced"]))
     return Table(("caltech101",), (1,), rows, 200)
 
 
@@ -218,9 +236,10 @@ def attempts():
     rows = {"AdvMask": KEPT}
     for change in ("divided", "a rate per matrix", "no augmentation"):
         rows[f"AdvMask, {change}"] = KEPT
-    for method, program in (("AdvLoRA", ADVLORA), ("TeCoA", TECOA)):
+    for method, program in (("AdvMask", ADVMASK), ("AdvLoRA", ADVLORA), ("TeCoA", TECOA)):
         for row, text in on_val(program, "", ("--augment none",)).items():
             rows[f"{method} {row}"] = text
+    rows.update(otherwise("", ["matrix", "late"]))
     return Table(BOTH, SEEDS, rows, FEW)
 
 
