@@ -2,6 +2,7 @@
 
     python -m baselines.tecoa --model tiny --dataset caltech101 --out runs/full
     python results/lowrank.py runs/full/tecoa-caltech101-tiny-16shot-seed1
+    python results/lowrank.py --write    # put the tables into RESULTS.md
 
 For every matrix of the image tower's blocks (q, k and v apart): the singular values of W - W_0, W
 after full adversarial fine-tuning; the rank that holds 90 % of their energy; and
@@ -23,9 +24,12 @@ from matplotlib.figure import Figure
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+import sweep
+
 import advlora
 import common
 
+PAGE = HERE / "RESULTS.md"
 # the matrices of a block -> what they are called here; in_proj is three
 BLOCKS = {
     "attn.in_proj_weight": ["q", "k", "v"],
@@ -88,9 +92,9 @@ def look_at(clip, tensors, rank):
                 "full_rank": len(values),
                 "change": ((W - W_0).norm() / W_0.norm()).item(),
                 "residual": residuals(W_0, rank),
-                "singular_values": [float(f"{value:.6g}") for value in values.tolist()],
+                "singular_values": values.tolist(),
             }
-            rows.append(row)
+            rows.append(sweep.shorten(row))
     return rows
 
 
@@ -152,11 +156,19 @@ def picture(rows, title):
     return file.getvalue()
 
 
+def fill(text):
+    """A page with the tables in their places."""
+    for file in sorted((HERE / "lowrank").glob("*.json")):
+        text = sweep.put(text, f"<!-- lowrank {file.stem} -->", table(json.loads(file.read_text())))
+    return text
+
+
 def arguments():
     """The program's argument parser."""
     parser = common.Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("run", type=pathlib.Path, help="folder of a run of baselines/tecoa.py")
+    add("run", nargs="?", type=pathlib.Path, help="folder of a run of baselines/tecoa.py")
+    add("--write", action="store_true", help="put the tables that are there into RESULTS.md")
     add("--rank", type=common.at_least(1), default=8, help="of the starts that are compared")
     out = "folder of the results"
     add("--out", type=pathlib.Path, default=HERE / "lowrank", help=out)
@@ -165,14 +177,20 @@ def arguments():
 
 def main():
     args = arguments().parse_args()
-    tensors, told = common.load_adapter(args.run, "tecoa", ["dataset", "eps", "seed"])
+    if args.write:
+        sweep.write(PAGE, fill(PAGE.read_text(encoding="utf-8")))
+        return
+    if args.run is None:
+        raise common.Fault("expected the folder of a run of baselines/tecoa.py, or --write")
+    facts = ["dataset", "eps", "seed", "commit"]
+    tensors, told = common.load_adapter(args.run, "tecoa", facts)
     clip, _ = common.load_clip(told["model"], told["pretrained"])
     try:
         rows = look_at(clip, tensors, args.rank)
     except (KeyError, ValueError, RuntimeError) as fault:
         raise common.Fault(f"{args.run} does not fit its model, or --rank {args.rank} ({fault})")
     seconds = seconds_for_vit_b_32()
-    facts = {key: told[key] for key in ("dataset", "eps", "seed")}
+    facts = {key: told[key] for key in facts}
     facts |= {"rank": args.rank, "vit_b_32_seconds": seconds, "rows": rows}
 
     print(table(facts))
