@@ -387,7 +387,22 @@ def no_text_transformer(path, make):
     clip = open_clip.CustomTextCLIP(**config["model_cfg"])  # keeps its text tower elsewhere
     config["model_cfg"]["custom_text"] = True
     common.export(clip, config, path / "custom")
-    return "--model", f"local-dir:{path / 'custom'}", "--towers", "both"
+    return "--model", f"local-dir:{path / 'custom'}"
+
+
+def text_tower_elsewhere(path, make):
+    return *no_text_transformer(path, make), "--towers", "both"
+
+
+def prompts_without_text_transformer(path, make):
+    return *no_text_transformer(path, make), "--method", "fap"
+
+
+def pooled_by_attention(path, make):
+    _, config = common.load_clip("tiny")
+    config["model_cfg"]["vision_cfg"]["attentional_pool"] = True
+    common.export(open_clip.CLIP(**config["model_cfg"]), config, path / "pooled")
+    return "--model", f"local-dir:{path / 'pooled'}"
 
 
 # what is wrong -> arguments, or a function that makes them, and words of the sentence
@@ -432,7 +447,12 @@ OWN_FAULTS = {
     ("advlora", "rank 0"): (("--rank", "0"), ["--rank", "at least 1", "'0'"]),
     ("advlora", "rank 1000"): (("--rank", "1000"), ["--rank 1000", "192"]),
     ("advlora", "rank 150 of text"): (("--rank", "150", "--towers", "both"), ["150", "128"]),
-    ("advlora", "no text transformer"): (no_text_transformer, ["--towers vision"]),
+    ("advlora", "no text transformer"): (text_tower_elsewhere, ["--towers vision"]),
+    ("baselines.prompts", "no text transformer"): (
+        prompts_without_text_transformer,
+        ["no text transformer", "--model"],
+    ),
+    ("baselines.tgazsr", "pooled by attention"): (pooled_by_attention, ["pools", "by attention"]),
     ("advlora", "unknown start"): (("--init", "gaussian"), ["--init", "kaiming"]),
     ("advlora", "clean weight -1"): (("--clean-weight", "-1"), ["--clean-weight", "'-1'"]),
     ("baselines.tecoa", "lr nan"): (("--lr", "nan"), ["--lr", "'nan'"]),
