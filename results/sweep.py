@@ -274,7 +274,11 @@ def parse(words):
     """The words of a command -> its method, {argument: value} as its program parses them."""
     program, *given = [word for word in words if word != "-m"]
     module = importlib.import_module(program.removesuffix(".py").replace("/", "."))
-    return module.__name__.rpartition(".")[2], vars(module.arguments().parse_args(given))
+    asked = vars(module.arguments().parse_args(given))
+    method = module.__name__.rpartition(".")[2]
+    if method == "alternatives":  # another program runs, but for some lines
+        method = module.ALTERNATIVES[asked["choice"]].program
+    return method, asked
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What results/run_examples.py and results/autoattack.py keep, and the tables they draw of it."""
+"""What results/run_examples.py, autoattack.py, cost.py and lowrank.py keep, and their tables."""
 
 import importlib
 import json
@@ -9,6 +9,7 @@ import statistics
 import sys
 
 import pytest
+import torch
 
 import common
 
@@ -22,6 +23,20 @@ BACKDOOR, RETRIEVAL = "examples/backdoor.py", "examples/retrieval.py"
 def script(request, monkeypatch):
     monkeypatch.syspath_prepend(RESULTS)
     return importlib.import_module(request.param)
+
+
+@pytest.fixture
+def cost(monkeypatch):
+    """The module results/cost.py."""
+    monkeypatch.syspath_prepend(RESULTS)
+    return importlib.import_module("cost")
+
+
+@pytest.fixture
+def lowrank(monkeypatch):
+    """The module results/lowrank.py."""
+    monkeypatch.syspath_prepend(RESULTS)
+    return importlib.import_module("lowrank")
 
 
 @pytest.fixture
@@ -57,6 +72,81 @@ def test_every_key_of_a_line_is_explained(script):
     lines = script.read()
     for line in lines.values() if isinstance(lines, dict) else lines:
         assert set(line) <= explained, set(line) - explained
+
+
+def test_the_page_shows_the_costs_that_were_measured(cost):
+    assert cost.MARKER in PAGE and PAGE == cost.fill(PAGE), "run python results/cost.py --write"
+    lines = cost.sweep.read_lines(cost.FILE)
+    rows = [(line["model"], line["row"]) for line in lines]
+    assert rows == [(model, row) for model in cost.SETTINGS for row in cost.RUNS]
+    explained = set(re.findall(r"`(\w+)`", (RESULTS / "README.md").read_text()))
+    for line in lines:
+        assert set(line) <= explained, set(line) - explained
+    shares = {}
+    for line in lines:
+        first = lines[rows.index((line["model"], "TeCoA"))]
+        shares[line["model"], line["row"]] = 100 * line["milliseconds"] / first["milliseconds"]
+    text = " ".join(PAGE.split())
+    small, large = (shares[model, "AdvLoRA"] for model in cost.SETTINGS)
+    assert f"takes {small:.0f} % of TeCoA's time on the small CLIP, and {large:.0f} % on" in text
+
+
+def test_a_cost_is_the_least_of_its_rounds(cost, monkeypatch, tmp_path):
+    counts = iter(range(1, 1000))
+
+    def run(words):
+        n = next(counts)
+        facts = {"model": words[words.index("--model") + 1], "commit": "c" * 12, "dtype": "float32"}
+        facts |= {"batch_size": 32, "steps": 20, "device_name": "1 CPU threads"}
+        return facts | {"training_seconds": n, "peak_memory_mib": 1000 - n}
+
+    monkeypatch.setattr(cost, "run", run)
+    monkeypatch.setattr(cost, "FILE", tmp_path / "cost.jsonl")
+    cost.measure(2)
+    first, *_ = cost.sweep.read_lines(cost.FILE)
+    n = len(cost.RUNS)
+    assert (first["row"], first["milliseconds"]) == ("TeCoA", 1000 / 20), "of 1 and 1 + n seconds"
+    assert first["peak_memory_mib"] == 1000 - (1 + n)
+    assert "| small CLIP, batches of 32 | TeCoA | 50 | 100 % |" in cost.table()
+    assert len(cost.table().splitlines()) == 2 + 2 * n
+
+
+def test_the_page_shows_the_ranks_that_were_measured(lowrank):
+    assert "<!-- lowrank caltech101 -->" in PAGE
+    assert PAGE == lowrank.fill(PAGE), "run python results/lowrank.py --write"
+    text = " ".join(PAGE.split())
+    ranks = {}
+    for dataset in ("caltech101", "embedded"):
+        facts = json.loads((RESULTS / "lowrank" / f"{dataset}.json").read_text())
+        assert re.fullmatch("[0-9a-f]{12}", facts["commit"]), "no commit, or a changed one"
+        assert len(facts["rows"]) == 36
+        own = [row["rank_90"] for row in facts["rows"]]
+        ranks[dataset] = f"{min(own)} to {max(own)}"
+        assert min(own) > 8, "always more than AdvLoRA's rank"
+    assert f"{ranks['caltech101']} of 192 directions hold the change" in text
+    assert f"[the embedded data](lowrank/embedded.json) {ranks['embedded']} do" in text
+    facts = json.loads((RESULTS / "lowrank" / "caltech101.json").read_text())
+    gaussian = lowrank.table(facts).splitlines()[-1].split("|")[2:8]
+    least, most = min(map(int, gaussian)), max(map(int, gaussian))
+    assert f"Gaussian noise needs {least} to {most}" in text
+    left, removed = [], []
+    for layer in range(6):
+        means = {}
+        for start in lowrank.STARTS:
+            own = [row["residual"][start] for row in facts["rows"] if row["layer"] == layer]
+            means[start] = statistics.mean(own)
+        left.append(means["svd"])
+        removed.append((1 - means["cluster"]) / (1 - means["svd"]))
+    assert min(left) > 0.86 and "the SVD's rank 8 leaves 86 % or more of the norm" in text
+    assert all(0.70 < share < 0.75 for share in removed), "a little under three quarters"
+
+
+def test_the_rank_of_a_change_is_that_of_its_singular_values(lowrank):
+    change = torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.5]))
+    values, rank = lowrank.singular_values(change)
+    torch.testing.assert_close(values, torch.tensor([3.0, 2.0, 1.0, 0.5]))
+    # 9 of 14.25 are 63 %, 13 are 91 %
+    assert rank == 2
 
 
 def of_seeds(lines, example):
