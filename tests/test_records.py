@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import pathlib
 import re
 import shlex
@@ -115,7 +116,7 @@ def test_the_page_shows_the_ranks_that_were_measured(lowrank):
     assert "<!-- lowrank caltech101 -->" in PAGE
     assert PAGE == lowrank.fill(PAGE), "run python results/lowrank.py --write"
     text = " ".join(PAGE.split())
-    ranks = {}
+    ranks, took = {}, {"cluster": [], "svd": []}
     for dataset in ("caltech101", "embedded"):
         facts = json.loads((RESULTS / "lowrank" / f"{dataset}.json").read_text())
         assert re.fullmatch("[0-9a-f]{12}", facts["commit"]), "no commit, or a changed one"
@@ -123,6 +124,11 @@ def test_the_page_shows_the_ranks_that_were_measured(lowrank):
         own = [row["rank_90"] for row in facts["rows"]]
         ranks[dataset] = f"{min(own)} to {max(own)}"
         assert min(own) > 8, "always more than AdvLoRA's rank"
+        for start, seconds in facts["vit_b_32_seconds"].items():
+            took[start].append(seconds)
+    for start, words in (("cluster", "took {} to {} s on one"), ("svd", "SVD {} to {} s.")):
+        least, most = math.floor(min(took[start])), math.ceil(max(took[start]))
+        assert words.format(least, most) in text
     assert f"{ranks['caltech101']} of 192 directions hold the change" in text
     assert f"[the embedded data](lowrank/embedded.json) {ranks['embedded']} do" in text
     facts = json.loads((RESULTS / "lowrank" / "caltech101.json").read_text())
