@@ -18,94 +18,77 @@ import common
 
 
 class Alternative(NamedTuple):
-    """What is otherwise, in which program, and the lines that make it so: [(old, new)]."""
+    """What is otherwise, in which program, and the lines that make it so: old -> new."""
 
     what: str
     program: str
-    lines: list
+    lines: dict
 
 
 ALTERNATIVES = {
     "tokens": Alternative(
         "LAFA's features are the mean over all tokens, not the CLS token",
         "advmask",
-        [
-            (
-                "cls = output[:, 0] if transformer.batch_first else output[0]",
-                "cls = output.mean(1) if transformer.batch_first else output.mean(0)",
+        {
+            "cls = output[:, 0] if transformer.batch_first else output[0]": (
+                "cls = output.mean(1) if transformer.batch_first else output.mean(0)"
             )
-        ],
+        },
     ),
     "raw": Alternative(
         "LAFA's features keep their length; lambda has to be smaller",
         "advmask",
-        [("z.append(F.normalize(cls.float(), dim=-1))", "z.append(cls.float())")],
+        {"z.append(F.normalize(cls.float(), dim=-1))": "z.append(cls.float())"},
     ),
     "attached": Alternative(
         "the clean side of LAFA has a gradient",
         "advmask",
-        [("with torch.no_grad():  # by the masked network", "if True:  # by the masked network")],
+        {"with torch.no_grad():  # by the masked network": "if True:  # by the masked network"},
     ),
     "undivided": Alternative(
         "the running mean of the gradients starts at 0 and is not divided by its weight",
         "advmask",
-        [("rate = gamma[t].item() / (1 - 0.9 ** (t + 1))", "rate = gamma[t].item()")],
+        {"rate = gamma[t].item() / (1 - 0.9 ** (t + 1))": "rate = gamma[t].item()"},
     ),
     "matrix": Alternative(
         "every matrix has a rate of its own: gradients are divided by the matrix's own size",
         "advmask",
-        [
-            (
-                "v_m.mul_(0.9).add_(0.1 * g / rms.clamp(min=1e-12))",
-                "v_m.mul_(0.9).add_(0.1 * g / g.square().mean().sqrt().clamp(min=1e-12))",
-            )
-        ],
+        {"0.1 * g / rms.clamp(": "0.1 * g / g.square().mean().sqrt().clamp("},
     ),
     "late": Alternative(
         "in the last fifth of the steps no entry moves that is a tenth of the way or more from "
         "the threshold",
         "advmask",
-        [
-            (
-                "m.sub_(rate * v_m)",
-                "near = (m - list(masks.values())[0].alpha).abs() < way / 10\n"
-                "                m.sub_(rate * v_m * (near if t >= 0.8 * steps else 1))",
-            )
-        ],
+        {
+            "                m.sub_(rate * v_m)": """\
+                near = (m - list(masks.values())[0].alpha).abs() < way / 10
+                m.sub_(rate * v_m * (near if t >= 0.8 * steps else 1))"""
+        },
     ),
     "adam": Alternative(
         "M is trained by Adam, as in R-AMT",
         "advmask",
-        [
-            (
-                "v = [torch.zeros_like(m) for m in M]",
-                "adam = torch.optim.Adam(M)",
-            ),
-            (
-                "for m, v_m, g in zip(M, v, gradients):\n"
-                "                v_m.mul_(0.9).add_(0.1 * g / rms.clamp(min=1e-12))\n"
-                "                m.sub_(rate * v_m)",
-                "for m, g in zip(M, gradients):\n"
-                "                m.grad = g\n"
-                "            adam.param_groups[0]['lr'] = gamma[t].item()\n"
-                "            adam.step()",
-            ),
-        ],
+        {
+            "v = [torch.zeros_like(m) for m in M]": "adam = torch.optim.Adam(M)",
+            """\
+            for m, v_m, g in zip(M, v, gradients):
+                v_m.mul_(0.9).add_(0.1 * g / rms.clamp(min=1e-12))
+                m.sub_(rate * v_m)""": """\
+            for m, g in zip(M, gradients):
+                m.grad = g
+            adam.param_groups[0]["lr"] = gamma[t].item()
+            adam.step()""",
+        },
     ),
     "scale": Alternative(
         "the logit scale is 100, as OpenAI's, on a CLIP that was trained to another",
         "advmask",
-        [
-            (
-                "clip = classifier.clip\n    if",
-                "clip = classifier.clip\n    classifier.scale = 100\n    if",
-            )
-        ],
+        {"clip = classifier.clip\n": "clip = classifier.clip\n    classifier.scale = 100\n"},
     ),
     "unbalanced": Alternative(
         "A_0 and B_0 keep the norms of centres and least squares",
         "advlora",
-        [("A, B = c * A, B / c", "A, B = A, B")],
+        {"            A, B = c * A, B / c\n": ""},
     ),
 }
 
@@ -117,7 +100,7 @@ def program(choice):
     """
     alternative = ALTERNATIVES[choice]
     source = (ROOT / f"{alternative.program}.py").read_text(encoding="utf-8")
-    for old, new in alternative.lines:
+    for old, new in alternative.lines.items():
         if source.count(old) != 1:
             raise ValueError(f"{alternative.program}.py has not this line once: {old}")
         source = source.replace(old, new)

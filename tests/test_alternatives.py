@@ -66,7 +66,7 @@ def test_every_alternative_is_a_program_of_its_own(alternatives):
 
 
 def test_a_line_that_the_program_has_not_is_refused(alternatives, monkeypatch):
-    wrong = alternatives.Alternative("", "advmask", [("no such line", "")])
+    wrong = alternatives.Alternative("", "advmask", {"no such line": ""})
     monkeypatch.setitem(alternatives.ALTERNATIVES, "wrong", wrong)
     with pytest.raises(ValueError, match="no such line"):
         alternatives.program("wrong")
