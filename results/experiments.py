@@ -173,7 +173,7 @@ def otherwise(shared, choices):
 
 
 # what AdvMask's program cannot be told
-OTHERWISE = ("tokens", "raw --lam 0.5", "attached", "undivided", "adam", "adam --budget 3")
+OTHERWISE = ("tokens", "raw --lam 0.5", "attached", "undivided", "adam --budget 3")
 
 
 def choices():
@@ -189,7 +189,7 @@ def choices():
     )
     rows = on_val(ADVMASK, "--steps 150", arguments)
     scaled = [f"scale --lam {lam}" for lam in (0, 50, 150, 500, 1500)]
-    rows.update(otherwise("--steps 150", [*OTHERWISE, *scaled]))
+    rows.update(otherwise("--steps 150", [*OTHERWISE, "adam", *scaled]))
     return Table(("caltech101",), SEEDS, rows, 200)
 
 
@@ -231,10 +231,13 @@ def lora():
 def attempts():
     """What might cost AdvMask less clean accuracy, and no augmentation for others alike."""
     rows = {}
-    for method, program in (("AdvMask", ADVMASK), ("AdvLoRA", ADVLORA), ("TeCoA", TECOA)):
+    for row, text in on_val(ADVMASK, "", ("--augment none",)).items():
+        rows[f"AdvMask {row}"] = text
+    for choice, text in otherwise("", ("matrix", "late")).items():
+        rows[f"AdvMask {choice}"] = text
+    for method, program in (("AdvLoRA", ADVLORA), ("TeCoA", TECOA)):
         for row, text in on_val(program, "", ("--augment none",)).items():
             rows[f"{method} {row}"] = text
-    rows.update(otherwise("", ["matrix", "late"]))
     return Table(BOTH, SEEDS, rows, FEW)
 
 

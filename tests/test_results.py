@@ -379,6 +379,75 @@ CLAIMS = [
 ]
 
 
+# The same of CHOICES.md
+NONE, OWN = "--augment none", "defaults"
+CHOICES = [
+    ("choices", "caltech101", OWN, "--lam 50", "PGD", "150 is {:.1f} points more robust", 1),
+    ("choices", "caltech101", OWN, "--lam 50", "clean", "by seed, and {:.0f} more clean", 1),
+    ("choices", "caltech101", "--lam 500", OWN, "PGD", "500 is {:.0f} points more robust than", 1),
+    ("choices", "caltech101", OWN, "--lam 0", "clean", "Without LAFA {:.0f} clean points go", 1),
+    ("choices", "caltech101", OWN, "--budget 3", "clean", "costs {:.1f} clean points", 1),
+    ("choices", "caltech101", OWN, "--batch-size 64", "clean", "costs AdvMask {:.1f} clean", 1),
+    ("choices", "caltech101", OWN, "undivided", "clean", "costs {:.0f} clean points on Cal", 1),
+    ("choices", "caltech101", OWN, "tokens", "PGD", "is {:.0f} points less robust on Cal", 1),
+    ("choices", "caltech101", OWN, "raw --lam 0.5", "clean", "keep {:.0f} clean points less", 0),
+    ("choices", "caltech101", OWN, "adam --budget 3", "clean", "at {:.0f} clean points less", 1),
+    (
+        "choices",
+        "caltech101",
+        "--steps 300 --budget 3",
+        OWN,
+        "PGD",
+        "budget are {:.0f} points more robust",
+        1,
+    ),
+    (
+        "choices",
+        "caltech101",
+        "--steps 600 --budget 3",
+        "--steps 300 --budget 3",
+        "clean",
+        "600 steps keep {:.0f} clean points more",
+        1,
+    ),
+    (
+        "choices-embedded",
+        "embedded",
+        OWN,
+        "undivided",
+        "clean",
+        "and {:.0f} on the embedded data",
+        1,
+    ),
+    ("choices-embedded", "embedded", OWN, "attached", "clean", "and {:.0f} clean points on the", 1),
+    ("choices-embedded", "embedded", OWN, "tokens", "PGD", "and {:.0f} on the embedded", 1),
+    ("choices-embedded", "embedded", "--lam 0", OWN, "clean", "which is {:.0f} points higher", 1),
+    ("choices-embedded", "embedded", OWN, "--budget 0.75", "clean", "0.75 keeps {:.0f} clean", 1),
+    (
+        "choices-embedded",
+        "embedded",
+        "--lam 0",
+        "--lam 500",
+        "clean",
+        "500 the least, {:.1f} points less",
+        1,
+    ),
+    ("choices-embedded", "embedded", "--lam 500", "--lam 0", "PGD", "500 wins {:.0f} points", 0),
+    ("lora", "caltech101", OWN, "unbalanced", "PGD", "it is {:.0f} points lower under PGD", 1),
+    ("lora", "caltech101", OWN, "unbalanced", "clean", "under PGD and {:.0f} clean, which", 1),
+    ("lora", "caltech101", "--clean-weight 0.5", OWN, "clean", "wins {:.1f} clean points", 1),
+    ("lora", "caltech101", OWN, "--clean-weight 0.5", "PGD", "and costs {:.1f} under PGD", 1),
+    ("attempts", "caltech101", f"AdvMask {NONE}", "AdvMask defaults", "clean", "{:.1f} clean", 1),
+    ("attempts", "caltech101", f"AdvMask {NONE}", "AdvMask defaults", "PGD", "is {:.0f} points", 1),
+    ("attempts", "embedded", f"AdvMask {NONE}", "AdvMask defaults", "PGD", "is {:.0f} points", 0),
+    ("attempts", "embedded", "AdvMask defaults", f"AdvMask {NONE}", "clean", "and costs {:.0f}", 1),
+    ("attempts", "caltech101", f"TeCoA {NONE}", "TeCoA defaults", "clean", "TeCoA wins {:.0f}", 1),
+    ("attempts", "embedded", f"TeCoA {NONE}", "TeCoA defaults", "clean", "TeCoA wins {:.0f}", 1),
+    ("attempts", "caltech101", f"AdvLoRA {NONE}", "AdvLoRA defaults", "clean", "wins {:.0f} on", 1),
+    ("attempts", "embedded", "AdvMask defaults", "AdvMask matrix", "clean", "seeds disagree", 0),
+]
+
+
 def difference(sweep, table, dataset, row, other, column):
     """row - other in points, of every seed that both have; zero-shot stands for every seed."""
     first, second = (sweep.find(table, name, dataset) for name in (row, other))
@@ -391,11 +460,12 @@ def difference(sweep, table, dataset, row, other, column):
     return [of_first[seed] - of_second[seed] for seed in of_first if seed in of_second]
 
 
-@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: f"{claim[0]}: {claim[5]}")
+@pytest.mark.parametrize("claim", CLAIMS + CHOICES, ids=lambda claim: f"{claim[0]}: {claim[5]}")
 def test_the_page_states_the_differences_of_the_tables(sweep, claim):
     *where, words, in_every_seed = claim
     differences = difference(sweep, *where)
-    text = " ".join((RESULTS / "RESULTS.md").read_text().split())
+    page = "CHOICES.md" if claim in CHOICES else "RESULTS.md"
+    text = " ".join((RESULTS / page).read_text().split())
     assert words.format(statistics.mean(differences)) in text
     if in_every_seed:
         assert min(differences) > 0
@@ -465,6 +535,11 @@ def test_the_page_states_the_means_of_base_to_new_and_of_transfer(sweep):
     assert f"{told} and {mean('steps', 'caltech101', SHORT, 'PGD'):.1f} % with 16 shots in" in text
     kept = mean("transfer", "tiny_imagenet", "AdvMask", "embedded PGD")
     assert f"It keeps {kept:.1f} % there, where guessing gives 10 %" in text
+
+
+def test_stopping_late_changes_no_accuracy(sweep):
+    late, own = (sweep.find("attempts", f"AdvMask {row}", "embedded") for row in ("late", OWN))
+    assert late.values == own.values
 
 
 @pytest.mark.parametrize("dataset", ["embedded", "caltech101"])
