@@ -4,7 +4,8 @@
 
 runs advmask.py, all of it, but for the lines that ALTERNATIVES replaces: what differs is what
 stands there. It takes the program's other arguments, prints what it prints and writes what it
-writes. "unbalanced" is of advlora.py. CHOICES.md has the tables.
+writes. "unbalanced" is of advlora.py. "scale" acts in the run alone: its adapter does not hold it.
+CHOICES.md has the tables.
 """
 
 import pathlib
@@ -122,7 +123,8 @@ class Parser(common.Parser):
 def arguments():
     """The program's argument parser."""
     parser = Parser(description=__doc__.split("\n")[0])
-    parser.add_argument("choice", choices=list(ALTERNATIVES), help="what is made otherwise")
+    what = "what is made otherwise; the other arguments are those of its program, see its --help"
+    parser.add_argument("choice", choices=list(ALTERNATIVES), help=what)
     return parser
 
 

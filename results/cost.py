@@ -45,8 +45,7 @@ def run(words):
 
 
 def measure(rounds):
-    """Run every program `rounds` times on every model, and keep a line of each."""
-    lines = []
+    """Run every program `rounds` times on every model; keep a line of each when a model is done."""
     for model, setting in SETTINGS.items():
         milliseconds = {name: [] for name in RUNS}
         memory = {name: [] for name in RUNS}
@@ -56,27 +55,28 @@ def measure(rounds):
                 milliseconds[name].append(1000 * result["training_seconds"] / result["steps"])
                 memory[name].append(result["peak_memory_mib"])
                 print(f"{model}, {name}: {milliseconds[name][-1]:.0f} ms a step", flush=True)
+        lines = [line for line in sweep.read_lines(FILE) if line["model"] != model]
         for name in RUNS:
             line = {"row": name, "milliseconds": min(milliseconds[name])}
             line |= {"peak_memory_mib": min(memory[name]), "rounds": rounds}
             for key in ("model", "batch_size", "steps", "device_name", "dtype", "commit"):
                 line[key] = result[key]
             lines.append(sweep.shorten(line))
-    sweep.write_lines(FILE, lines, lambda line: 0)  # in the order that they have
+        # by model; the rows of a model stay in their order
+        sweep.write_lines(FILE, lines, lambda line: list(SETTINGS).index(line["model"]))
 
 
 def table():
     """The measurements as Markdown."""
     body = []
-    for model in SETTINGS:
-        own = [line for line in sweep.read_lines(FILE) if line["model"] == model]
-        full = own[0]["milliseconds"]  # TeCoA's
-        for line in own:
-            cells = [f"{NAMES[model]}, batches of {line['batch_size']}", line["row"]]
-            cells.append(f"{line['milliseconds']:.0f}")
-            cells.append(f"{100 * line['milliseconds'] / full:.0f} %")
-            cells.append(str(line["peak_memory_mib"]))
-            body.append(cells)
+    for line in sweep.read_lines(FILE):
+        if line["row"] == "TeCoA":  # the first of its model
+            full = line["milliseconds"]
+        cells = [f"{NAMES[line['model']]}, batches of {line['batch_size']}", line["row"]]
+        cells.append(f"{line['milliseconds']:.0f}")
+        cells.append(f"{100 * line['milliseconds'] / full:.0f} %")
+        cells.append(str(line["peak_memory_mib"]))
+        body.append(cells)
     return sweep.markdown(["model", "run", "ms a step", "of TeCoA", "MiB of the process"], body)
 
 

@@ -182,15 +182,15 @@ def main():
         return
     if args.run is None:
         raise common.Fault("expected the folder of a run of baselines/tecoa.py, or --write")
-    facts = ["dataset", "eps", "seed", "commit"]
-    tensors, told = common.load_adapter(args.run, "tecoa", facts)
+    needs = ["dataset", "eps", "seed", "commit"]
+    tensors, told = common.load_adapter(args.run, "tecoa", needs)
     clip, _ = common.load_clip(told["model"], told["pretrained"])
     try:
         rows = look_at(clip, tensors, args.rank)
     except (KeyError, ValueError, RuntimeError) as fault:
         raise common.Fault(f"{args.run} does not fit its model, or --rank {args.rank} ({fault})")
     seconds = seconds_for_vit_b_32()
-    facts = {key: told[key] for key in facts}
+    facts = {key: told[key] for key in needs}
     facts |= {"rank": args.rank, "vit_b_32_seconds": seconds, "rows": rows}
 
     print(table(facts))

@@ -258,7 +258,7 @@ def fits(run, result):
     if (run.dataset, run.seed) != (result["dataset"], result["seed"]):
         return False
     method, asked = parse(tuple(run.words))
-    if method != result["method"]:
+    if (method, asked.get("choice")) != (result["method"], result.get("choice")):
         return False
     for key, value in asked.items():
         # what a row leaves out the program chose; earlier commits did not say what was left out

@@ -44,7 +44,7 @@ def trained(module, classifier, images, steps, seen=None, lam=150):
 
 
 @pytest.fixture
-def after_one_step(tiny, embedded, images):
+def after_one_step(embedded, images):
     """after_one_step(module) -> INIT - M of every mask of a fresh small CLIP."""
 
     def run(module):
@@ -179,7 +179,7 @@ def test_scale_attacks_and_trains_with_a_scale_of_100(alternatives, monkeypatch,
 
 
 def test_the_program_takes_the_arguments_of_its_choice_and_keeps_the_choice(
-    alternatives, monkeypatch, program, tmp_path
+    alternatives, program, tmp_path
 ):
     words = ["unbalanced", "--rank", 2, "--steps", 1, "--test-steps", 1, "--test-limit", 1]
     answer = program("alternatives", *words, "--out", tmp_path)

@@ -110,6 +110,14 @@ def test_a_cost_is_the_least_of_its_rounds(cost, monkeypatch, tmp_path):
     assert first["peak_memory_mib"] == 1000 - (1 + n)
     assert "| small CLIP, batches of 32 | TeCoA | 50 | 100 % |" in cost.table()
     assert len(cost.table().splitlines()) == 2 + 2 * n
+    # killed on the second model, it has kept the first, and the second of before
+    before = cost.sweep.read_lines(cost.FILE)
+    counts = iter([2] * n)
+    with pytest.raises(StopIteration):
+        cost.measure(1)
+    after = cost.sweep.read_lines(cost.FILE)
+    assert [line["milliseconds"] for line in after[:n]] == [100] * n
+    assert after[n:] == before[n:]
 
 
 def test_the_page_shows_the_ranks_that_were_measured(lowrank):
