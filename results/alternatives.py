@@ -27,6 +27,9 @@ class Alternative(NamedTuple):
 
 
 ALTERNATIVES = {
+    "unchanged": Alternative(
+        "nothing is otherwise: the run to compare the others with, on their machine", "advmask", {}
+    ),
     "tokens": Alternative(
         "LAFA's features are the mean over all tokens, not the CLS token",
         "advmask",

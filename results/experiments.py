@@ -189,7 +189,7 @@ def choices():
     )
     rows = on_val(ADVMASK, "--steps 150", arguments)
     scaled = [f"scale --lam {lam}" for lam in (0, 50, 150, 500, 1500)]
-    rows.update(otherwise("--steps 150", ["adam", *OTHERWISE, *scaled]))
+    rows.update(otherwise("--steps 150", ["unchanged", "adam", *OTHERWISE, *scaled]))
     return Table(("caltech101",), SEEDS, rows, 200)
 
 

@@ -119,6 +119,12 @@ def test_attached_has_a_gradient_through_the_clean_side(
         assert F.cosine_similarity(M.flatten(), g.flatten(), dim=0) < 0.99
 
 
+def test_unchanged_trains_as_the_program_does(alternatives, after_one_step):
+    own, unchanged = map(after_one_step, (advmask, alternatives.program("unchanged")))
+    for a, b in zip(own, unchanged, strict=True):
+        torch.testing.assert_close(b, a)
+
+
 def test_undivided_moves_a_tenth_in_the_first_step(alternatives, after_one_step):
     divided, undivided = map(after_one_step, (advmask, alternatives.program("undivided")))
     for a, b in zip(divided, undivided, strict=True):
