@@ -389,7 +389,6 @@ def share_off(row):
 
 def table(name, model="tiny", datasets=()):
     """A table as Markdown: a line for every dataset and row that has runs."""
-    costs = name == "main"
     heading, published = PUBLISHED.get(name, ("", {}))
     columns = {}
     body = []
@@ -403,17 +402,11 @@ def table(name, model="tiny", datasets=()):
             for values in row.values.values():
                 cells.append(mean(values))
             cells.append(trained(row) + share_off(row))
-            if costs:
-                for key in ("training_seconds", "peak_memory_mib"):
-                    value = statistics.mean(line[key] for line in row.lines)
-                    cells.append("" if row.zero_shot else f"{value:.0f}")
             if published:
                 cells.append(published.get(row_name, ""))
             body.append(cells)
     subject = "run, small CLIP" if published and model == "tiny" else "run"
     head = ["images", subject, "seeds", *columns, "trained"]
-    if costs:
-        head += ["seconds", "MiB"]
     if published:
         head.append(f"published, ViT-B/32, {heading}")
     return markdown(head, body)

@@ -437,7 +437,7 @@ CHOICES = [
         OWN,
         "raw --lam 0.5",
         "clean",
-        "and {:.0f} on the embedded data, both within noise",
+        "within noise, and {:.0f} on the embedded data",
         0,
     ),
     (
@@ -446,7 +446,7 @@ CHOICES = [
         OWN,
         "attached",
         "clean",
-        "lost on Caltech101, and {:.0f} clean points on the",
+        "So are {:.0f} clean points on the embedded",
         1,
     ),
     (
@@ -455,10 +455,21 @@ CHOICES = [
         OWN,
         "tokens",
         "PGD",
-        "less robust on Caltech101, and {:.0f} on the embedded",
+        "less robust on Caltech101, and {:.1f} on the embedded",
         1,
     ),
-    ("choices-embedded", "embedded", "--lam 0", OWN, "clean", "which is {:.0f} points higher", 1),
+    ("choices-embedded", "embedded", "--lam 0", OWN, "clean", "Lambda 0 keeps {:.0f} clean", 1),
+    ("choices-embedded", "embedded", "--lam 500", OWN, "PGD", "Lambda 500 is {:.0f} points", 1),
+    (
+        "choices-embedded",
+        "embedded",
+        OWN,
+        "--lam 500",
+        "clean",
+        "robust, at {:.0f} clean points",
+        1,
+    ),
+    ("choices-embedded", "embedded", "--lam 50", OWN, "PGD", "Lambda 50 is {:.0f} points more", 0),
     ("choices-embedded", "embedded", OWN, "--budget 0.75", "clean", "0.75 keeps {:.0f} clean", 1),
     (
         "choices-embedded",
@@ -469,7 +480,7 @@ CHOICES = [
         "500 the least, {:.1f} points less",
         1,
     ),
-    ("choices-embedded", "embedded", "--lam 500", "--lam 0", "PGD", "500 wins {:.0f} points", 0),
+    ("choices-embedded", "embedded", "--lam 500", "--lam 0", "PGD", "500 wins {:.0f} points", 1),
     ("lora", "caltech101", OWN, "unbalanced", "PGD", "it is {:.0f} points lower under PGD", 1),
     ("lora", "caltech101", OWN, "unbalanced", "clean", "under PGD and {:.0f} clean, which", 1),
     ("lora", "caltech101", "--clean-weight 0.5", OWN, "clean", "wins {:.1f} clean points", 1),
@@ -489,7 +500,7 @@ CHOICES = [
         f"AdvMask {NONE}",
         "AdvMask defaults",
         "PGD",
-        "{:.0f} points better on both",
+        "Under PGD it wins {:.1f} points on Caltech101",
         1,
     ),
     (
@@ -498,7 +509,7 @@ CHOICES = [
         f"AdvMask {NONE}",
         "AdvMask defaults",
         "PGD",
-        "{:.0f} points better on both",
+        "and {:.1f} on the embedded data, one image",
         0,
     ),
     (
@@ -751,19 +762,21 @@ def robust_names(items, outcomes):
     return [name for name, digit in zip(names, outcomes, strict=True) if digit == "2"]
 
 
-def test_only_shirts_and_bags_are_robust_among_the_embedded_new_classes(embedded):
+def test_few_classes_are_robust_among_the_embedded_new_classes(embedded):
     new = common.half(embedded, "new")
-    expected = {"AdvMask": {"shirt", "bag"}, "AdvLoRA": {"shirt"}}
+    of_advlora = []
     for line in lines_of(RESULTS / "base-to-new.jsonl"):
         if line["dataset"] == "embedded":
-            outcomes = line["after"]["transfer"]["new"]["outcomes"]
-            names = set(robust_names(new.test, outcomes))
-            if line["row"] in expected:
-                assert names == expected[line["row"]]
+            names = robust_names(new.test, line["after"]["transfer"]["new"]["outcomes"])
+            if line["row"] == "AdvMask":
+                assert set(names) == {"shirt", "bag"}
+            if line["row"] == "AdvLoRA":
+                of_advlora.append([name for name in names if name != "shirt"])
             if line["row"] in ("AdvVP", "AdvVLP", "AdvMaPLe", "FAP"):
-                assert len(names) <= 2, "of two classes at most with every seed"
+                assert len(set(names)) <= 2, "of two classes at most with every seed"
             if line["row"] in ("TeCoA", "TGA-ZSR"):
-                assert len(names) >= 3, "of three classes or more with every seed"
+                assert len(set(names)) >= 3, "of three classes or more with every seed"
+    assert sorted(of_advlora) == [[], [], ["sneaker"]], "shirts alone but for one sneaker"
 
 
 def test_most_embedded_images_that_advmask_keeps_from_tiny_imagenet_are_bags(embedded):
