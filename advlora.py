@@ -7,7 +7,7 @@ adversarial, with PGD. The paper does not say how. So all of this is our choice:
 rows, centres as A, least squares as B, the subtraction of the start so that nothing changes at
 first, a learnable scale, and every default here.
 
-    python advlora.py                                      # small CLIP, embedded data, 2 minutes
+    python advlora.py                                      # small CLIP, embedded data, 2-3 minutes
     python advlora.py --model tiny --dataset caltech101    # small CLIP, real photographs
     python advlora.py --dataset caltech101 --shots 16      # OpenAI ViT-B/32, eps 1/255, a GPU
 

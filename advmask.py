@@ -4,7 +4,7 @@ Paper: "Identifying Robust Neural Pathways: Few-Shot Adversarial Mask Tuning for
 Models", ICLR 2026, https://openreview.net/forum?id=kzGkXpW4FT. This is an independent
 implementation. What the paper does not state is marked "(our choice)".
 
-    python advmask.py                                      # small CLIP, embedded data, 2 minutes
+    python advmask.py                                      # small CLIP, embedded data, 2-3 minutes
     python advmask.py --model tiny --dataset caltech101    # small CLIP, real photographs
     python advmask.py --dataset caltech101 --shots 16      # OpenAI ViT-B/32, eps 1/255, a GPU
 
