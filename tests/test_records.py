@@ -90,6 +90,8 @@ def test_the_page_shows_the_costs_that_were_measured(cost):
     text = " ".join(PAGE.split())
     small, large = (shares[model, "AdvLoRA"] for model in cost.SETTINGS)
     assert f"takes {small:.0f} % of TeCoA's time on the small CLIP, and {large:.0f} % on" in text
+    notebook = (RESULTS.parent / "notebooks" / "4_advlora.ipynb").read_text()
+    assert f"a step takes AdvLoRA {small:.0f} % of full fine-tuning's time" in notebook
 
 
 def test_a_cost_is_the_least_of_its_rounds(cost, monkeypatch, tmp_path):

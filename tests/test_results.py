@@ -391,7 +391,7 @@ CHOICES = [
     ("choices", "caltech101", OWN, "--lam 0", "clean", "Without LAFA {:.0f} clean points go", 1),
     ("choices", "caltech101", OWN, "--budget 3", "clean", "costs {:.1f} clean points", 1),
     ("choices", "caltech101", OWN, "--batch-size 64", "clean", "costs AdvMask {:.1f} clean", 1),
-    ("choices", "caltech101", SAME, "undivided", "clean", "and {:.0f} on Caltech101, within", 0),
+    ("choices", "caltech101", SAME, "undivided", "clean", "in every seed, and {:.0f} on Calt", 0),
     ("choices", "caltech101", SAME, "undivided", "clean", "data, and {:.0f} on Caltech101", 0),
     ("choices", "caltech101", SAME, "tokens", "PGD", "is {:.1f} points less robust on Cal", 1),
     ("choices", "caltech101", SAME, "raw --lam 0.5", "clean", "keep {:.0f} clean points less", 0),
@@ -448,7 +448,7 @@ CHOICES = [
         OWN,
         "attached",
         "clean",
-        "So are {:.0f} clean points on the embedded",
+        "On the embedded data {:.0f} clean points are",
         1,
     ),
     (
@@ -650,12 +650,17 @@ def test_the_page_says_which_rows_ran_on_another_machine(sweep):
     assert "attention ran on a CPU, the other two on a GPU" in text_of("RESULTS.md")
     assert on_gpu("modules", "attention") == {False}
     assert on_gpu("modules", "MLP") == on_gpu("modules", "both") == {True}
-    told = "LAFA, and CE on Caltech101, ran on a CPU, the other losses on a GPU"
+    told = "LAFA, and CE on Caltech101, ran on a CPU, AdvMask's other losses on a GPU"
     assert told in text_of("RESULTS.md")
     assert on_gpu("loss", "CE") == on_gpu("loss", LAFA) == {False}
+    assert "below 16 shots AdvMask ran on a GPU, AdvLoRA on a CPU" in text_of("RESULTS.md")
+    assert on_gpu("shots", "AdvMask, 8 shots") == {True}
+    assert on_gpu("shots", "AdvLoRA, 8 shots") == {False}
+    most = max(difference(sweep, "choices", "caltech101", OWN, SAME, "clean"))
+    assert f"worth up to {most:.1f} clean points with one seed" in text_of("RESULTS.md")
     assert on_gpu("loss", "CE + JS") == on_gpu("loss", "CE + KL") == {True}
     text = text_of("CHOICES.md")
-    assert "The first rows ran on a GPU, those from `unchanged` on on a CPU" in text
+    assert "The rows above `unchanged` ran on a GPU, the others on a CPU" in text
     rows = list(sweep.TABLES["choices"].rows)
     first = rows.index(SAME)
     assert [on_gpu("choices", row) for row in rows[:first]] == [{True}] * first
@@ -684,7 +689,7 @@ def test_the_page_states_what_other_choices_do(sweep):
     told = "{:.0f} % of the clean accuracy is lost on Caltech101, and {:.0f} % of that under PGD"
     assert told.format(*lost) in text
     on_gpu = difference(sweep, "choices", "caltech101", OWN, SAME, "clean")
-    assert "the GPU: {:.1f}, {:.1f} and {:.0f} by seed".format(*on_gpu) in text
+    assert 'than "defaults": {:.1f}, {:.1f} and {:.0f} by seed'.format(*on_gpu) in text
     scaled = {}
     for lam in (0, 50, 150, 500, 1500):
         (scaled[lam],) = sweep.find("choices", f"scale --lam {lam}", "caltech101").values["PGD"]
