@@ -162,9 +162,10 @@ def clip_weights(clip, weights="both", towers="vision"):
 def attach(model, names, rank=8, seed=0, **options):
     """Freeze the named weights of any model and adapt them -> {name: ClusterLoRA}.
 
-    A fused in_proj_weight counts as three blocks, q, k and v. options: ClusterLoRA's; every matrix
-    has a seed of its own. At first the model computes what it did. Raises ValueError where the rank
-    does not fit, AttributeError where a name is unknown.
+    The weights are float32 matrices. A fused in_proj_weight counts as three blocks, q, k and v.
+    options: ClusterLoRA's; every weight has a seed of its own, which its blocks share. At first the
+    model computes what it did. Raises ValueError where the rank does not fit, AttributeError where
+    a name is unknown.
     """
     loras = {}
     for name in names:
@@ -385,7 +386,7 @@ def main():
     width = clip.visual.transformer.width
     if args.towers == "both":
         width = min(width, clip.transformer.width)
-    if args.rank > width:
+    if args.rank > width and not args.load:  # a file brings its own rank
         raise common.Fault(f"--rank {args.rank} does not fit weights of width {width}")
 
     before, seconds, start = None, 0.0, {}  # with --load nothing is measured before, nor trained

@@ -23,6 +23,7 @@ import pathlib
 import random
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -71,12 +72,16 @@ def guard(main):
     rank = int(os.environ.get("RANK", 0))
     if rank:
         sys.stdout = open(os.devnull, "w")
+    if "RANK" not in os.environ:  # torchrun ends its own processes by this signal
+        # what a cluster's scheduler or `timeout` sends is an interrupt as well
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return main()
     except Fault as fault:
         sentence = str(fault)
     except FloatingPointError as fault:
-        sentence = f"{fault}; the training has diverged, a lower rate may help"
+        why = "the weights are broken, or the training has diverged: a lower rate may help"
+        sentence = f"{fault}; {why}"
     except OSError as fault:
         what = "the disk is full" if fault.errno == errno.ENOSPC else fault.strerror or fault
         sentence = f"{what}: {fault.filename or 'while writing'}; nothing half-written was left"
@@ -127,15 +132,16 @@ def fraction(text):
 
 
 def at_least(low, kind=int):
-    """An argparse type: a number of at least `low`, below 2^63."""
+    """An argparse type: a number of at least `low`, below 2^31; for int a whole one."""
 
     def parse_number(text):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not low <= value < 2**63:
-            raise argparse.ArgumentTypeError(f"expected a number of at least {low}, found {text!r}")
+        if not low <= value < 2**31:
+            wanted = f"a {'whole ' if kind is int else ''}number of at least {low}, below 2^31"
+            raise argparse.ArgumentTypeError(f"expected {wanted}, found {text!r}")
         return value
 
     return parse_number
@@ -178,8 +184,8 @@ def add_arguments(parser):
 def parse(parser, argv=None):
     """Parse, fill the defaults that depend on others, set seed and attention kernel.
 
-    args.left_out names the arguments that have been filled, or are to be by the program. Under
-    torchrun it joins the process group as well. Raises Fault.
+    args.left_out names the arguments without a fixed default that were not given. Under torchrun it
+    joins the process group as well. Raises Fault.
     """
     args = parser.parse_args(argv)
     args.left_out = [key for key, value in vars(args).items() if value is None]
@@ -196,6 +202,14 @@ def parse(parser, argv=None):
     if len(set(sets)) < len(sets):
         named = f"--transfer {' '.join(args.transfer)}"
         raise Fault(f"{named} names a dataset twice, or --dataset {args.dataset}; name each once")
+    if args.dataset == "folder":
+        # every folder in --data-root is a class: nothing else may be put there
+        for name in args.transfer:
+            if name in DATASETS:
+                raise Fault(f"--transfer {name} would need a --data-root of its own; leave it out")
+        if args.data_root.resolve() in args.out.resolve().parents:
+            wanted = "where every folder is a class; choose another"
+            raise Fault(f"--out {args.out} lies in --data-root {args.data_root}, {wanted}")
     if args.dtype == "float16":
         raise Fault(f"--dtype float16 is refused: {HALF}")
     if "LOCAL_RANK" in os.environ and args.device == "cuda":
@@ -204,7 +218,7 @@ def parse(parser, argv=None):
         kind = torch.device(args.device).type
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as fault:
-        why = str(fault).splitlines()[0]
+        why = str(fault).splitlines()[0][:200]
         raise Fault(f"device {args.device!r} cannot be used ({why}); try --device cpu")
     if args.dtype == "auto":
         args.dtype = "bfloat16" if computes_in_bfloat16(kind) else "float32"
@@ -418,6 +432,10 @@ def load_folder(root):
     folders.sort()
     if len(folders) < 2:
         raise Fault(f"{root} has {len(folders)} sub-folders; expected at least 2, one per class")
+    parts = {"train", "training", "val", "valid", "validation", "test", "testing"}
+    if parts.issuperset(folder.name.lower() for folder in folders):
+        wanted = "expected one folder per class; give one of them as --data-root"
+        raise Fault(f"{root} has the folders of a split, {folders[0].name} and so on; {wanted}")
     names = [folder.name.replace("_", " ") for folder in folders]
     listed = root / "classnames.txt"
     if listed.exists():
@@ -484,6 +502,9 @@ def load_published(name, root):
         found = f"content {md5}, expected {source.md5}"
         raise Fault(f"{split} is not the published split ({found}); delete it: it is fetched again")
     names = {item.label: item.name for item in lists[0]}
+    labels = {item.label for items in lists for item in items}
+    if labels != set(names) or labels != set(range(len(names))):
+        raise Fault(f"{images} lacks training images of a class; they come from {source.origin}")
     classes = [names[label].replace("_", " ") for label in sorted(names)]
     return Data(classes, source.template, *lists)
 
@@ -520,6 +541,8 @@ def read_wnids(images, words):
     if notes.exists():  # Tiny ImageNet keeps all images of val in one folder
         for line in notes.read_text().strip().split("\n"):
             file, wnid = line.split("\t")[:2]
+            if wnid not in wnids:
+                raise Fault(f"{images / 'train' / wnid} is missing; is the dataset complete?")
             val.append([f"val/images/{file}", wnids.index(wnid), names[wnid]])
     return {"train": train, "val": val, "test": val}
 
@@ -595,7 +618,10 @@ def read_image(item):
     try:
         if isinstance(item.image, np.ndarray):
             return Image.fromarray(item.image).convert("RGB")
-        return Image.open(item.image).convert("RGB")
+        picture = Image.open(item.image)
+        if picture.mode.startswith(("I", "F")):  # PIL would make nearly all of it white
+            raise ValueError("it has more than 8 bits a channel")
+        return picture.convert("RGB")
     except FileNotFoundError:
         raise Fault(f"image {item.image} is missing, but listed; is the dataset complete?")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as fault:
@@ -720,6 +746,8 @@ def load_open_clip(model, pretrained):
     except Exception as fault:  # open_clip raises whatever its downloaders raise
         why = f"{type(fault).__name__}: {str(fault)[:200]}"
         instead = "without a network, give --pretrained a checkpoint file, or use --model tiny"
+        if local:
+            instead = "expected a folder that --export wrote"
         raise Fault(f"could not load {model} with weights {tag!r} ({why}); {instead}")
     finally:
         logging.disable(logging.NOTSET)
@@ -793,7 +821,7 @@ class Classifier(nn.Module):
 
     def forward(self, x):
         low = torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32)
-        # cached: attention asks for its weight nine times; a parametrised one is computed once
+        # cached: attention asks for its weight several times; a parametrised one is computed once
         with low, parametrize.cached():
             z = self.clip.encode_image((x - self.mean) / self.std)  # (b, d)
         return self.scale * F.normalize(z.float(), dim=-1) @ self.text.T
@@ -872,7 +900,8 @@ def prepare(args):
         torch.distributed.barrier()
     if args.split == "val" and args.dataset in WNIDS:
         print(f"WARNING: val is the test set of {args.dataset}: choose no argument by it")
-    train = decode(data.train, classifier.size, args.augment)
+    # with --load nothing is trained
+    train = decode([] if args.load else data.train, classifier.size, args.augment)
     tests = {}
     for name, data in chosen.items():
         check_names(data.classes, data.template, config)
@@ -948,7 +977,8 @@ def evaluate(
     (pixels (3, h, w), uint8 or float in [0, 1], label), decoded by `workers` processes while the
     attack runs. eps and step in pixels. progress(done, robust) is called after every batch. Where
     torch.distributed runs, every process attacks its share of the images with process 0's weights.
-    Raises ValueError for float16 weights, FloatingPointError for a gradient that is not finite.
+    Raises ValueError for float16 weights and for pixels outside [0, 1], FloatingPointError for a
+    gradient that is not finite.
 
     -> dict: clean, noise (the attack's random start alone) and pgd in %; intervals (95 %, of each);
     zero_gradient (share of the attacked images whose first gradient is 0); flags (sentences, each a
@@ -969,10 +999,10 @@ def evaluate(
 
     rows = [torch.zeros(0, 6)]
     done, robust_so_far = 0, 0
-    low, high = 0.0, 1.0
     for pixels, y in loader:
         x, y = as_float(pixels).to(device), y.to(device)
-        low, high = min(low, x.min().item()), max(high, x.max().item())
+        if x.min() < 0 or x.max() > 1:
+            raise ValueError(f"pixels range from {x.min():.2f} to {x.max():.2f}, expected 0 to 1")
         start = random_start(x, mine[done : done + len(y)], eps)
         with torch.no_grad():
             clean = classifier(x).argmax(1) == y
@@ -997,8 +1027,6 @@ def evaluate(
     flags = []
     if any(module.training for module in classifier.modules()):
         flags.append("the model is in train mode")
-    if low < 0 or high > 1:
-        flags.append(f"pixels range from {low:.2f} to {high:.2f}, not from 0 to 1: eps misleads")
     if zero.sum() > 0.01 * attacked:
         share = 100 * zero.sum() / attacked
         flags.append(f"the first gradient is zero on {share:.1f} % of the images: it may be masked")
@@ -1217,7 +1245,6 @@ def run_folder(args, method):
 
     What cannot be written fails now, before the training. A folder that stays empty goes at exit.
     """
-    check_new(args.export)
     model = re.sub(r"[^\w.-]+", "-", args.model.removeprefix("local-dir:")).strip("-")
     name = f"{method}-{args.dataset}-{model}-{args.shots}shot-seed{args.seed}"
     if args.load:
@@ -1234,6 +1261,7 @@ def run_folder(args, method):
     except OSError as fault:
         why = fault.strerror
         raise Fault(f"cannot write to {args.out / name} ({why}); choose another folder with --out")
+    check_new(args.export)  # after the folder is made, which may lie in it
     return folder
 
 
@@ -1297,7 +1325,9 @@ def load_adapter(path, method, needs):
 def check_model(facts, args):
     """Raises Fault where an adapter was made for another model than the arguments name.
 
-    Prints a note where it was trained on another dataset.
+    Prints a note where it was trained on another dataset. Keeps the metadata as args.adapter, so
+    that result.json tells how the adapter was trained: of these arguments only the evaluation's
+    are used.
     """
     for key in ("model", "pretrained"):
         if facts[key] != getattr(args, key):
@@ -1305,6 +1335,7 @@ def check_model(facts, args):
             raise Fault(f"the adapter was made with {key} {facts[key]!r}, this run has {here!r}")
     if facts.get("dataset", args.dataset) != args.dataset:
         print(f"note: this adapter was trained on {facts['dataset']}; --dataset is {args.dataset}")
+    args.adapter = facts
 
 
 def adapted_classifier(facts, device, dtype):
@@ -1358,11 +1389,17 @@ def peak_memory(device):
 
 
 def check_new(folder):
-    """Raises Fault where --export would overwrite something."""
+    """Raises Fault where --export would overwrite something, or cannot be written."""
     if folder and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise Fault(f"--export {folder} exists and is not empty; choose a new folder")
     if folder and any(path.is_file() for path in folder.parents):
         raise Fault(f"--export {folder} is below a file; choose a new folder")
+    if folder:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder.parent).close()
+        except OSError as fault:
+            raise Fault(f"cannot write to --export {folder} ({fault.strerror}); choose another")
 
 
 def export(clip, config, folder):
@@ -1374,7 +1411,6 @@ def export(clip, config, folder):
     if processes()[0]:
         return
     check_new(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     scratch = pathlib.Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         keys = ("mean", "std", "interpolation", "resize_mode")

@@ -262,8 +262,9 @@ def main():
     # CLIP, frozen, as a classifier; the few-shot images; the test sets
     classifier, images, tests = common.prepare(args)
     clip = classifier.clip
-    if clip.visual.ln_post.normalized_shape != (clip.visual.transformer.width,):
-        raise common.Fault(f"{args.model} pools patches by attention, so they have no own features")
+    if clip.visual.attn_pool is not None:
+        why = "pools patches by attention, so they have no own features"
+        raise common.Fault(f"{args.model} {why}; use another --model")
     epoch = math.ceil(len(images) / args.batch_size)
     if args.steps is None:
         args.steps = 10 * epoch if args.published else max(100, 4 * epoch)

@@ -50,10 +50,10 @@ def test_what_is_no_fraction_is_refused(text):
         common.fraction(text)
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "1.5", "nan", "many", str(2**63)])
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "nan", "many", str(2**31)])
 def test_a_count_is_a_whole_number_of_at_least_1(text):
     assert common.at_least(1)("1") == 1
-    with pytest.raises(argparse.ArgumentTypeError, match="at least 1"):
+    with pytest.raises(argparse.ArgumentTypeError, match="a whole number of at least 1, below"):
         common.at_least(1)(text)
 
 
@@ -406,6 +406,31 @@ def test_imagenet_is_read_from_its_folders(tmp_path):
     assert (len(data.train), len(data.val), len(data.test)) == (6, 4, 4)
     assert data.train[0].image == folder / "images" / "train" / "n01" / "n01_0.JPEG"
     assert data.val == data.test
+
+
+def test_a_class_without_training_images_is_refused_as_later_names_would_shift(tmp_path):
+    folder = tmp_path / "imagenet"
+    for wnid in ("n01", "n02", "n03"):
+        for part in ("train", "val"):
+            (folder / "images" / part / wnid).mkdir(parents=True)
+            (folder / "images" / part / wnid / "1.JPEG").touch()
+    (folder / "classnames.txt").write_text("n01 cat\nn02 dog\nn03 emu\n")
+    assert common.load_dataset("imagenet", tmp_path).classes == ["cat", "dog", "emu"]
+    for part in ("train", "val"):  # with val's images, and without
+        (folder / "images" / part / "n02" / "1.JPEG").unlink()
+        with pytest.raises(common.Fault, match="lacks training images of a class"):
+            common.load_dataset("imagenet", tmp_path)
+
+
+def test_a_class_of_tiny_imagenet_that_val_alone_has_is_named(tmp_path):
+    folder = tmp_path / "tiny-imagenet-200"
+    for part in ("train/n01/images", "val/images"):
+        (folder / part).mkdir(parents=True)
+        (folder / part / "1.JPEG").touch()
+    (folder / "words.txt").write_text("n01\tcat\nn02\tdog\n")
+    (folder / "val" / "val_annotations.txt").write_text("1.JPEG\tn02\t0\t0\t9\t9\n")
+    with pytest.raises(common.Fault, match="train/n02 is missing"):
+        common.load_dataset("tiny_imagenet", tmp_path)
 
 
 def test_tiny_imagenet_is_the_published_one(data_root):

@@ -10,12 +10,14 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import open_clip
 import pytest
 import safetensors
 import safetensors.torch
 import torch
 from conftest import assert_fault, result_in
+from PIL import Image
 
 import common
 
@@ -273,16 +275,22 @@ def test_a_variant_loads_and_exports_what_it_measured(
     assert result[SIZES[name]] == size
     assert result["after"] != result["before"]
     assert measured_again(exported, embedded, result) == unflagged(result["after"])
-    loaded = ("--load", tmp_path / "run" / adapter_in(tmp_path / "run").parent.name)
+    loaded = ["--load", tmp_path / "run" / adapter_in(tmp_path / "run").parent.name]
+    if name == "advlora":
+        loaded += ["--rank", 1000]  # not used: the file brings its own
     answer = program(
         name, *SHORT, *loaded, "--out", tmp_path / "loaded", "--export", tmp_path / "y"
     )
     assert answer.code == 0, answer.err
+    assert "classes, 0 training images" in answer.out  # none is decoded
     first, second = (path / "open_clip_model.safetensors" for path in (exported, tmp_path / "y"))
     assert first.read_bytes() == second.read_bytes()
     again = result_in(tmp_path / "loaded")
     for key in ("after", SIZES[name], "weights", "towers", "rank", "no_adaptive"):
         assert again.get(key) == result.get(key)
+    for key in ("steps", "init", "seed", "commit"):
+        assert again["adapter"].get(key, "None") == str(result.get(key))
+    assert "adapter" not in result
 
 
 # A short training of the small CLIP on the embedded data, measured on the first test images:
@@ -332,6 +340,26 @@ def three_names_for_two(path, make):
     return *FOLDER, path / "d"
 
 
+def folders_of_a_split(path, make):
+    for part in ("train", "val", "test"):
+        make(path / "d" / part)
+    return *FOLDER, path / "d"
+
+
+def deep_image(path, make):
+    deep = np.full((40, 40), 30_000, np.uint16)
+    Image.fromarray(deep).save(make(path / "d") / "cat" / "1.png")
+    return *FOLDER, path / "d"
+
+
+def results_among_the_classes(path, make):
+    return *FOLDER, make(path / "d"), "--out", path / "d" / "runs"
+
+
+def another_set_beside_a_folder(path, make):
+    return *FOLDER, make(path / "d"), "--transfer", "eurosat"
+
+
 def names_in_latin_1(path, make):
     (make(path / "d") / "classnames.txt").write_bytes("cat\nchâteau\n".encode("latin-1"))
     return *FOLDER, path / "d"
@@ -350,6 +378,14 @@ def data_below_a_file(path, make):
 def export_below_a_file(path, make):
     (path / "file").write_text("")
     return "--export", path / "file" / "x"
+
+
+def export_where_the_results_are(path, make):
+    return "--out", path / "r", "--export", path / "r"
+
+
+def export_where_nothing_can_be_written(path, make):
+    return "--export", "/proc/nowhere/x"
 
 
 def no_weights(path, make):
@@ -413,12 +449,16 @@ FAULTS = {
     "one sub-folder": (one_sub_folder, ["1 sub-folders", "at least 2"]),
     "two images": (two_images, ["cat has too few images, 2;", "at least 3"]),
     "corrupt image": (corrupt_image, ["1.png", "cannot be read"]),
+    "folders of a split": (folders_of_a_split, ["split, test", "one folder per class"]),
+    "image of 16 bits": (deep_image, ["1.png", "more than 8 bits"]),
+    "results among the classes": (results_among_the_classes, ["--out", "d/runs lies in", "/d,"]),
+    "another set beside a folder": (another_set_beside_a_folder, ["--transfer eurosat"]),
     "three names for two": (three_names_for_two, ["classnames.txt names 3", "2 sub-folders"]),
     "names not in UTF-8": (names_in_latin_1, ["classnames.txt", "UTF-8"]),
     "unknown dataset": (("--dataset", "mnist"), ["--dataset", "'mnist'", "caltech101"]),
     "unknown model": (("--model", "ViT-Z-99"), ["ViT-Z-99", "ViT-B-32-quickgelu"]),
     "no transformer": (("--model", "RN50-quickgelu", "--pretrained", "none"), ["RN50", "ViT"]),
-    "no such model folder": (("--model", "local-dir:/nonexistent"), ["/nonexistent"]),
+    "no such model folder": (("--model", "local-dir:/nonexistent"), ["/nonexistent", "--export"]),
     "other activation": (("--model", "ViT-B-32"), ["--model ViT-B-32-quickgelu"]),
     "no shots": (("--shots", "0"), ["--shots", "at least 1", "'0'"]),
     "many shots": (("--shots", "many"), ["--shots", "'many'"]),
@@ -436,6 +476,8 @@ FAULTS = {
     "out below a file": (below_a_file, ["file/runs", "--out"]),
     "export below a file": (export_below_a_file, ["--export", "below a file"]),
     "no weights": (no_weights, ["local-dir:", "could not"]),
+    "export in the results": (export_where_the_results_are, ["--export", "not empty"]),
+    "export in /proc": (export_where_nothing_can_be_written, ["cannot write", "/proc/nowhere/x"]),
     "full export": (full_export, ["--export", "not empty"]),
     "no adapter": (("--load", "/nonexistent/a"), ["/nonexistent/a", "does not exist"]),
     "garbage adapter": (garbage, ["a.safetensors", "cannot be read"]),
@@ -452,7 +494,10 @@ OWN_FAULTS = {
         prompts_without_text_transformer,
         ["no text transformer", "--model"],
     ),
-    ("baselines.tgazsr", "pooled by attention"): (pooled_by_attention, ["pools", "by attention"]),
+    ("baselines.tgazsr", "pooled by attention"): (
+        pooled_by_attention,
+        ["pools", "by attention", "--model"],
+    ),
     ("advlora", "unknown start"): (("--init", "gaussian"), ["--init", "kaiming"]),
     ("advlora", "clean weight -1"): (("--clean-weight", "-1"), ["--clean-weight", "'-1'"]),
     ("baselines.tecoa", "lr nan"): (("--lr", "nan"), ["--lr", "'nan'"]),
@@ -493,7 +538,7 @@ def test_a_missing_checkpoint_is_one_sentence_in_a_process_of_its_own(tmp_path, 
 def test_a_training_that_diverges_is_one_sentence_and_no_file(
     program, unchecked, tmp_path, files_in, name
 ):
-    far = ("--steps", 6, "--lr", 1e10)
+    far = ("--steps", 6, "--lr", 1e9)
     answer = program(name, *TINIEST, *far, "--out", tmp_path / "out")
     assert_fault(answer, "diverged", "a lower rate")
     assert files_in(tmp_path) == []
@@ -626,13 +671,18 @@ def test_a_file_that_cannot_be_written_whole_is_not_written(
     assert files_in(tmp_path / "x") == []
 
 
-def test_a_killed_run_leaves_no_file(tmp_path, files_in):
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_run_leaves_no_file(tmp_path, files_in, kill):
     endless = ("--steps", 10**6, "--batch-size", 2, "--test-steps", 1, "--test-limit", 2)
     process = shell("advmask", *endless, "--out", tmp_path / "out", cwd=tmp_path)
     for line in process.stdout:
         if "steps, loss lafa" in line:  # the training starts
             break
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process.send_signal(kill)
+    _, err = process.communicate()
     assert files_in(tmp_path) == []
+    if kill == signal.SIGTERM:  # a scheduler's: the run's folder goes as well
+        assert process.returncode == 2 and err.startswith("error: interrupted;")
+        assert not any((tmp_path / "out").iterdir())
+    else:
+        assert process.returncode == -kill
