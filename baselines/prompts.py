@@ -286,9 +286,11 @@ def train(
         term = torch.zeros((), device=x.device)
         if method == "fap":
             z_clean, logits_clean = features(classifier, x)
+            kind = "clean ce"
             ce = F.cross_entropy(logits_clean, y)
             term = consistency(z_clean, z_adv, logits_clean, logits_adv)
         else:
+            kind = "ce"
             ce = F.cross_entropy(logits_adv, y)
         objective = ce + lam * term
 
@@ -304,7 +306,7 @@ def train(
         if (t + 1) % 50 == 0 or t + 1 == steps:
             right = 100 * (logits_adv.argmax(1) == y).float().mean()
             print(
-                f"step {t + 1}/{steps}  ce {ce:.3f}  consistency {term:.3f}  "
+                f"step {t + 1}/{steps}  {kind} {ce:.3f}  consistency {term:.3f}  "
                 f"adv acc of the batch {right:.0f} %  {time.time() - started:.0f} s",
                 flush=True,
             )

@@ -21,8 +21,9 @@ images beyond the shots where there are enough; the embedded data have no others
 so there both trainings use the same images. With --poisoned-shots: each method adapts the honest
 CLIP on shots of which a tenth are poisoned.
 
-Plain LoRA and full clean are the same adaptations without the attack. A model that ignores the
-patch has the success that it has on images without it, the column "no patch".
+Full clean is full adversarial without the attack. Plain LoRA is AdvLoRA without the attack, and
+without its start and its scale. A model that ignores the patch has the success that it has on
+images without it, the column "no patch".
 
 Evidence, on the small CLIP, three seeds: on the embedded data the success falls from 99 % to 16
 with AdvMask, 32 with AdvLoRA, 18 with full adversarial, 68 with full clean; plain LoRA leaves 98.

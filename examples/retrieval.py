@@ -49,7 +49,6 @@ import sys
 import time
 from typing import NamedTuple
 
-import open_clip
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
@@ -91,7 +90,7 @@ def read_flickr8k(root):
         if not line.strip():
             continue
         name, _, caption = line.partition(",")
-        # quoted where it has a comma itself
+        # quoted where it has a comma or a mark; doubled marks stay, as in the pre-training
         caption = caption.strip('" \r')
         if len(name.split()) != 1 or not caption:
             found = f"line {number} of {folder / 'captions.txt'} is {line[:40]!r}"
@@ -492,8 +491,7 @@ def main():
     classifier = common.Classifier(clip, config, captions, "{}", args.dtype)
     pictures = decode(train, classifier.size, "crop")
     images = torch.stack([pixels for pixels, _ in decode(test, classifier.size, "none")])
-    length = classifier.tokens.shape[1]
-    tokenizer = open_clip.tokenizer.SimpleTokenizer(context_length=length)
+    tokenizer = common.tokenizer_of(config)
     tokens = [tokenizer(photograph.captions) for photograph in train]
     print(
         f"{args.model} on flickr8k: {len(train)} training images, {classifier.size} px, "
