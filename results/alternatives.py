@@ -108,7 +108,7 @@ def program(choice):
         if source.count(old) != 1:
             raise ValueError(f"{alternative.program}.py has not this line once: {old}")
         source = source.replace(old, new)
-    module = types.ModuleType(choice, alternative.what)
+    module = types.ModuleType(choice)
     exec(compile(source, f"{alternative.program}.py, {choice}", "exec"), vars(module))
     return module
 
@@ -119,7 +119,7 @@ class Parser(common.Parser):
     def parse_args(self, words=None):
         choice = self.parse_known_args(words)[0].choice
         parser = program(choice).arguments()
-        parser.add_argument("choice", help=ALTERNATIVES[choice].what)
+        parser.add_argument("choice")
         return parser.parse_args(words)
 
 
@@ -127,6 +127,8 @@ def arguments():
     """The program's argument parser."""
     parser = Parser(description=__doc__.split("\n")[0])
     what = "what is made otherwise; the other arguments are those of its program, see its --help"
+    for name, alternative in ALTERNATIVES.items():
+        what += f"; {name}: {alternative.what}"
     parser.add_argument("choice", choices=list(ALTERNATIVES), help=what)
     return parser
 

@@ -17,6 +17,8 @@ import shlex
 import sweep
 from experiments import BOTH, TABLES, Same
 
+import common
+
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
 FILE = HERE / "autoattack.jsonl"
@@ -45,17 +47,18 @@ def keep(row, file):
 
 
 def adapter(dataset, row):
-    """What second_opinion.py is to attack. Raises Refused where a run has not left its adapter."""
+    """What second_opinion.py is to attack. Raises common.Fault where a run left no adapter."""
     if row == "zero-shot":
         return "tiny"
     source = TABLES["rivals"].rows[row]
     table, name = source if isinstance(source, Same) else ("rivals", row)
     for run in sweep.runs([table]):
         if (run.row, run.dataset, run.seed) == (name, dataset, SEED):
-            for file in run.folder.glob("*/adapter.safetensors"):
-                return str(file.parent)
+            found = list(run.folder.glob("*/adapter.safetensors"))
+            if found:  # of several the newest, which is the finished run's
+                return str(max(found, key=lambda file: file.stat().st_mtime).parent)
             command = shlex.join(sweep.full_command(run, "DATA", "python"))
-            raise sweep.Refused(f"{row} has no adapter in {run.folder}; make it with: {command}")
+            raise common.Fault(f"{row} has no adapter in {run.folder}; make it with: {command}")
 
 
 def missing():
@@ -94,7 +97,7 @@ def main():
     add("--data-root", type=pathlib.Path, default=pathlib.Path("data"), help="folder of the data")
     args = parser.parse_args()
     if args.write:
-        sweep.write(PAGE, fill(PAGE.read_text(encoding="utf-8")))
+        common.write(PAGE, fill(PAGE.read_text(encoding="utf-8")).encode())
         return
     for dataset, row in missing():
         out = ROOT / "runs" / "autoattack" / f"{dataset}-{sweep.file_name(row)}"
@@ -111,4 +114,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sweep.guard(main)
+    common.guard(main)

@@ -19,6 +19,8 @@ import tempfile
 import sweep
 from experiments import METHODS, PLAIN
 
+import common
+
 FILE = sweep.HERE / "cost.jsonl"
 PAGE = sweep.HERE / "RESULTS.md"
 MARKER = "<!-- cost -->"
@@ -39,7 +41,7 @@ def run(words):
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         ended = subprocess.run(command, cwd=sweep.ROOT, stdout=subprocess.DEVNULL, env=environment)
         if ended.returncode:
-            raise sweep.Refused(f"{' '.join(words)} failed: see above")
+            raise common.Fault(f"{' '.join(words)} failed: see above")
         (file,) = pathlib.Path(out).glob("*/result.json")
         return json.loads(file.read_text())
 
@@ -91,13 +93,13 @@ def main():
     parser.add_argument("--write", action="store_true", help="put the table into the page")
     args = parser.parse_args()
     if args.write:
-        sweep.write(PAGE, fill(PAGE.read_text(encoding="utf-8")))
+        common.write(PAGE, fill(PAGE.read_text(encoding="utf-8")).encode())
     else:
         if args.rounds < 1:
-            raise sweep.Refused(f"--rounds {args.rounds} measures nothing; expected at least 1")
+            raise common.Fault(f"--rounds {args.rounds} measures nothing; expected at least 1")
         measure(args.rounds)
         print(table())
 
 
 if __name__ == "__main__":
-    sweep.guard(main)
+    common.guard(main)

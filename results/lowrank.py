@@ -20,7 +20,6 @@ import sys
 import time
 
 import torch
-from matplotlib.figure import Figure
 
 HERE = pathlib.Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -139,6 +138,8 @@ def table(facts):
 
 def picture(rows, title):
     """Energy of the change over the rank, a line a matrix -> a PNG, bytes."""
+    from matplotlib.figure import Figure  # tests/requirements.txt has it
+
     figure = Figure((5, 3.2), layout="constrained", facecolor="white")
     axes = figure.subplots()
     for row in rows:
@@ -178,7 +179,7 @@ def arguments():
 def main():
     args = arguments().parse_args()
     if args.write:
-        sweep.write(PAGE, fill(PAGE.read_text(encoding="utf-8")))
+        common.write(PAGE, fill(PAGE.read_text(encoding="utf-8")).encode())
         return
     if args.run is None:
         raise common.Fault("expected the folder of a run of baselines/tecoa.py, or --write")
@@ -199,6 +200,8 @@ def main():
     print(f"clusters {seconds['cluster']}, SVD {seconds['svd']}")
     model = "small CLIP" if told["model"] == "tiny" else told["model"]
     name = told["dataset"]
+    if told["model"] != "tiny":
+        name += f"-{sweep.file_name(told['model'])}"
     common.write(args.out / f"{name}.json", (json.dumps(facts) + "\n").encode())
     common.write(args.out / f"{name}.png", picture(rows, f"{model}, {name}"))
 

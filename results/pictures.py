@@ -8,11 +8,14 @@ and Ito's and two more, which colour-blind people tell apart.
 """
 
 import argparse
+import io
 import statistics
 
 import sweep
 from experiments import BOTH, TABLES, WIDTHS
 from matplotlib.figure import Figure
+
+import common
 
 COLOURS = {
     "zero-shot": "#000000",
@@ -166,6 +169,13 @@ def draw_scale():
     return figure
 
 
+def save(figure, path):
+    """Write a figure as a PNG, whole or not at all."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=150)
+    common.write(path, png.getvalue())
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="tiny", help="--model of the runs")
@@ -174,13 +184,13 @@ def main():
     eps = 3 if args.model == "tiny" else 1
     folder = sweep.file_of("main", args.model).parent
     if not folder.is_dir():
-        raise sweep.Refused(f"{folder} is missing: there are no results of {args.model} yet")
-    draw_shots(args.datasets, args.model, eps).savefig(folder / "shots.png", dpi=150)
+        raise common.Fault(f"{folder} is missing: there are no results of {args.model} yet")
+    save(draw_shots(args.datasets, args.model, eps), folder / "shots.png")
     for table, file in (("main", "methods.png"), ("rivals", "rivals.png")):
-        draw_marks(table, args.datasets, args.model, eps).savefig(folder / file, dpi=150)
+        save(draw_marks(table, args.datasets, args.model, eps), folder / file)
     if args.model == "tiny":
-        draw_scale().savefig(folder / "scale.png", dpi=150)
+        save(draw_scale(), folder / "scale.png")
 
 
 if __name__ == "__main__":
-    sweep.guard(main)
+    common.guard(main)

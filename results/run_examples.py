@@ -9,11 +9,12 @@ A line is a run's result.json; `example` says which of EXAMPLES it is. All are t
 """
 
 import argparse
-import json
 import pathlib
 import shlex
 
 import sweep
+
+import common
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -31,11 +32,11 @@ EXAMPLES = {
 
 
 def name_of(result):
-    """Which example a result is of. Raises Refused for a result of another program."""
+    """Which example a result is of. Raises common.Fault for a result of another program."""
     if result["method"] == "retrieval":
         return "retrieval"
     if result["method"] != "backdoor":
-        raise sweep.Refused(f"a run of {result['method']} is no example's")
+        raise common.Fault(f"a run of {result['method']} is no example's")
     question = "poisoned shots" if result["poisoned_shots"] else "backdoor"
     return f"{question}, {result['dataset']}"
 
@@ -54,14 +55,14 @@ def keep(folder):
     """Keep the result of a run's folder, in place of the line of this example and seed -> line."""
     file = folder / "result.json"
     if not file.exists():
-        raise sweep.Refused(f"{folder} has no result.json; expected the folder of a finished run")
-    result = json.loads(file.read_text())
+        raise common.Fault(f"{folder} has no result.json; expected the folder of a finished run")
+    result = sweep.parse_json(file.read_text(), file)
     line = {"example": name_of(result), **sweep.shorten(result)}
     _, asked = sweep.parse(tuple(EXAMPLES[line["example"]].split()))
-    for key, value in {**asked, "model": "tiny"}.items():
+    for key, value in {**asked, "model": "tiny", "eps": common.TINY_EPS}.items():
         own = key in ("seed", "data_root", "out", "device", "dtype") or value is None
         if not own and line.get(key, value) != sweep.shorten(value):
-            raise sweep.Refused(f"{folder}: {key} is {line[key]}, expected {value}")
+            raise common.Fault(f"{folder}: {key} is {line[key]}, expected {value}")
     lines = [other for other in read() if identity(other) != identity(line)]
     sweep.write_lines(FILE, [*lines, line], identity)
     return line
@@ -168,7 +169,7 @@ def main():
             print(f"{folder}: {line['example']}, seed {line['seed']}")
         return
     if args.write:
-        sweep.write(PAGE, fill(PAGE.read_text(encoding="utf-8")))
+        common.write(PAGE, fill(PAGE.read_text(encoding="utf-8")).encode())
         return
     for (name, seed), words in missing(args.data_root.resolve()).items():
         print(shlex.join(words), flush=True)
@@ -181,4 +182,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sweep.guard(main)
+    common.guard(main)

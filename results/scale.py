@@ -173,10 +173,10 @@ def collect():
     """Measure the adapters of the table scale that have no line yet."""
     have = {identity(line) for line in sweep.read_lines(FILE)}
     for run in sweep.runs(["scale"]):
-        for file in run.folder.glob("*/adapter.safetensors"):
-            if (run.row, run.seed) in have:
-                continue
-            have.add((run.row, run.seed))
+        found = list(run.folder.glob("*/adapter.safetensors"))
+        if found and (run.row, run.seed) not in have:
+            # of several the newest, which is the finished run's
+            file = max(found, key=lambda file: file.stat().st_mtime)
             line = {"row": run.row, "seed": run.seed, **sweep.shorten(measure(file.parent))}
             sweep.write_lines(FILE, [*sweep.read_lines(FILE), line], identity)
             print(json.dumps(line), flush=True)
@@ -217,7 +217,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="put the tables into RESULTS.md")
     if parser.parse_args().write:
-        sweep.write(PAGE, fill(PAGE.read_text(encoding="utf-8")))
+        common.write(PAGE, fill(PAGE.read_text(encoding="utf-8")).encode())
         return
     os.chdir(sweep.ROOT)  # as the runs were: their models are in tiny/work
     keep_clips()
@@ -225,4 +225,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.guard(lambda: sweep.guard(main))
+    common.guard(main)

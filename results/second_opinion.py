@@ -438,14 +438,13 @@ def parse():
 
     words = [*own, *sys.argv[1:]]  # of an argument that comes twice, the last counts
     radius = parser.parse_args(words).radius
-    parser.set_defaults(model=model, eps=radius, transfer=[], seed=0)
+    parser.set_defaults(model=model, eps=radius, transfer=[], seed=0, out=folder)
     if given.norm == "l2":
         parser.set_defaults(eps=None)
     args = common.parse(parser, words)
     if given.norm == "l2":
         args.eps = radius
     args.pretrained = pretrained
-    args.out = args.out or folder
     if args.step is None:
         args.step = [1 / 255] if args.norm == "linf" else [2.5 * args.eps / args.test_steps]
     for name in ("radius", "transfer", "seed"):  # common.parse's affair
@@ -490,6 +489,7 @@ def main():
     if len(data.classes) < 2:
         raise common.Fault(f"--classes {args.classes} leaves one class; there must be two")
     net = load(args, facts, data)
+    data = data._replace(template=net.template)  # learned tokens may stand in it
     common.check_names(data.classes, data.template, net.config)
     images = common.test_images(data, args, net.size)
     size = 4 * args.batch_size

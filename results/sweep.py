@@ -32,6 +32,8 @@ ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 from experiments import BOTH, PUBLISHED, TABLES, Same, ZeroShot, command, file_name
 
+import common
+
 PAGES = (ROOT / "README.md", HERE / "RESULTS.md", HERE / "CHOICES.md")
 # what a line tells besides the arguments of its run
 FACTS = {
@@ -39,10 +41,6 @@ FACTS = {
     "left_out",
     "before", "after", "masked", "off", "trained", "residual", "training_seconds", "seconds",
 }  # fmt: skip
-
-
-class Refused(Exception):
-    """What cannot be done, in one sentence."""
 
 
 # ------------------------------------------------------------------------------------------------
@@ -60,7 +58,15 @@ def read_lines(file):
     """The lines of a file -> [dict]; none where there is no file yet."""
     if not file.exists():
         return []
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return [parse_json(line, file) for line in file.read_text().splitlines()]
+
+
+def parse_json(text, file):
+    """What the text, of this file, holds. Raises common.Fault where it is not JSON."""
+    try:
+        return json.loads(text)
+    except ValueError as fault:
+        raise common.Fault(f"{file} holds what is not JSON ({fault}); delete that, and go on")
 
 
 def read(table, model="tiny"):
@@ -91,18 +97,7 @@ def keep(table, row, result, model="tiny"):
 def write_lines(file, lines, order=identity):
     """Write a file of lines in their order, whole or not at all."""
     lines.sort(key=order)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write(file, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def write(file, text):
-    """Write a file whole or not at all."""
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
+    common.write(file, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def shorten(value):
@@ -144,8 +139,13 @@ def runs(tables, model="tiny", datasets=(), more=()):
         for dataset in datasets_of(table, datasets):
             for row in spec.rows:
                 words = command(table, row, model, datasets)
-                if words is None:
+                if words is None or ("--model" in words and model != "tiny"):
                     continue
+                for word in more:
+                    if word.startswith("--") and word in words:
+                        raise common.Fault(
+                            f"--more {word} would change the row {row!r}; leave it out"
+                        )
                 for seed in spec.seeds:
                     own = [] if "--model" in words else ["--model", model]
                     own += ["--dataset", dataset, "--seed", str(seed), *more]
@@ -163,11 +163,25 @@ def datasets_of(table, datasets=()):
 
 def missing(everything, model):
     """The runs that have no line yet."""
-    have = set()
+    have = {}
     for table in {run.table for run in everything}:
         for line in read(table, model):
-            have.add((table, *identity(line)))
-    return [run for run in everything if (run.table, run.dataset, run.row, run.seed) not in have]
+            have[table, *identity(line)] = line.get("transfer", [])
+    left = []
+    for run in everything:
+        # the targets of a transfer are those of --datasets: others are another run
+        if have.get((run.table, run.dataset, run.row, run.seed)) != targets(run.words):
+            left.append(run)
+    return left
+
+
+def targets(words):
+    """The values of --transfer in a command's words."""
+    if "--transfer" not in words:
+        return []
+    values = words[words.index("--transfer") + 1 :]
+    ends = [i for i, word in enumerate(values) if word.startswith("--")]
+    return values[: ends[0]]
 
 
 def full_command(run, data_root, python=sys.executable):
@@ -179,12 +193,12 @@ def collect(everything, model):
     """Keep the runs of a sweep, or of its job array, that have ended, but have no line yet."""
     for run in missing(everything, model):
         if run.result():
-            keep(run.table, run.row, json.loads(run.result().read_text()), model)
+            keep(run.table, run.row, parse_json(run.result().read_text(), run.result()), model)
             run.result().unlink()  # its adapter stays
 
 
 def execute(run, data_root, jobs, model):
-    """Run one program, and keep its result. Raises Refused where it fails."""
+    """Run one program, and keep its result. Raises common.Fault where it fails."""
     print(shlex.join(full_command(run, data_root, "python")), flush=True)
     run.folder.mkdir(parents=True, exist_ok=True)
     log = run.folder / "log.txt"
@@ -195,7 +209,9 @@ def execute(run, data_root, jobs, model):
         ended = subprocess.run(words, cwd=ROOT, stdout=file, stderr=file, env=environment)
     if ended.returncode or not run.result():
         last = log.read_text().strip().rpartition("\n")[2]
-        raise Refused(f"{run.row!r} on {run.dataset}, seed {run.seed}, failed: {last}; see {log}")
+        raise common.Fault(
+            f"{run.row!r} on {run.dataset}, seed {run.seed}, failed: {last}; see {log}"
+        )
     collect([run], model)
 
 
@@ -208,7 +224,7 @@ def sweep(everything, data_root, jobs, model):
         if not stop.is_set():
             try:
                 execute(run, data_root, jobs, model)
-            except Refused:
+            except common.Fault:
                 stop.set()  # what runs already may end, nothing else is started
                 raise
 
@@ -239,15 +255,17 @@ def take(folder, everything, model):
     """Keep a finished run that was made by hand, in the row that has its arguments -> Run."""
     file = folder / "result.json"
     if not file.exists():
-        raise Refused(f"{folder} has no result.json; expected the folder of a finished run")
-    result = json.loads(file.read_text())
+        raise common.Fault(f"{folder} has no result.json; expected the folder of a finished run")
+    result = parse_json(file.read_text(), file)
     if result.get("before", "measured") is None:
-        raise Refused(f"{folder} is a run with --load, or of an earlier commit: it did not train")
+        raise common.Fault(
+            f"{folder} is a run with --load, or of an earlier commit: it did not train"
+        )
     # of rows that fit, the one that says most: an argument left out fits what the program chose
     fitting = [run for run in everything if fits(run, result)]
     if not fitting:
         tables = ", ".join(dict.fromkeys(run.table for run in everything))
-        raise Refused(f"{folder}: no row of {tables} has the arguments of this run")
+        raise common.Fault(f"{folder}: no row of {tables} has the arguments of this run")
     run = max(fitting, key=lambda run: len(run.words))
     keep(run.table, run.row, result, model)
     return run
@@ -296,7 +314,7 @@ class Row(NamedTuple):
 
 
 def find(table, row, dataset, model="tiny"):
-    """A row's runs, wherever they are kept -> Row, or None. Raises Refused if they differ."""
+    """A row's runs, wherever they are kept -> Row, or None. Raises common.Fault if they differ."""
     spec = TABLES[table]
     source = spec.rows[row]
     zero_shot = isinstance(source, ZeroShot)
@@ -326,7 +344,7 @@ def find(table, row, dataset, model="tiny"):
 
 
 def compare(lines):
-    """Raises Refused where runs of one row differ in more than the seed: they have no mean."""
+    """Raises common.Fault where runs of one row differ in more than the seed: they have no mean."""
     first = lines[0]
     for line in lines[1:]:
         differ = []
@@ -336,7 +354,8 @@ def compare(lines):
         if differ:
             row = f"{first['table']}: {first['row']} on {first['dataset']}"
             what = f"differ in {', '.join(differ)}"
-            raise Refused(f"the runs of {row} {what}: they have no mean; run the older ones again")
+            todo = "they have no mean; delete the older lines, and run again"
+            raise common.Fault(f"the runs of {row} {what}: {todo}")
 
 
 def counted(evaluation, limit):
@@ -481,9 +500,11 @@ def main():
     tables = args.tables or list(TABLES)
     unknown = [name for name in tables if name not in TABLES]
     if unknown:
-        raise Refused(f"unknown table {', '.join(unknown)}; expected some of {', '.join(TABLES)}")
+        raise common.Fault(
+            f"unknown table {', '.join(unknown)}; expected some of {', '.join(TABLES)}"
+        )
     if args.jobs < 1:
-        raise Refused(f"--jobs {args.jobs} runs nothing; expected at least 1")
+        raise common.Fault(f"--jobs {args.jobs} runs nothing; expected at least 1")
     data_root = args.data_root.resolve()
     everything = runs(tables, args.model, args.datasets, args.more)
     unfinished = [run for run in missing(everything, args.model) if not run.result()]
@@ -493,8 +514,8 @@ def main():
             print(shlex.join(full_command(run, data_root, "python")))
     elif args.slurm:
         if not unfinished:
-            raise Refused("no result is missing: there is nothing for a job array to do")
-        args.slurm.write_text(job_array(unfinished, data_root))
+            raise common.Fault("no result is missing: there is nothing for a job array to do")
+        common.write(args.slurm, job_array(unfinished, data_root).encode())
     elif args.take:
         for folder in args.take:
             run = take(folder, everything, args.model)
@@ -508,16 +529,16 @@ def main():
     elif args.write:
         for page in PAGES:
             if page.exists():
-                write(page, fill(page.read_text(encoding="utf-8")))
+                common.write(page, fill(page.read_text(encoding="utf-8")).encode())
     else:
         sweep(everything, data_root, args.jobs, args.model)
 
 
 def run_here(words, name):
-    """Run a command of this repository, in its root. Raises Refused where it fails."""
+    """Run a command of this repository, in its root. Raises common.Fault where it fails."""
     ended = subprocess.run([sys.executable, *words[1:]], cwd=ROOT)
     if ended.returncode:
-        raise Refused(f"{name} failed: see above")
+        raise common.Fault(f"{name} failed: see above")
 
 
 def put(text, marker, content):
@@ -529,18 +550,5 @@ def put(text, marker, content):
     return f"{before}{start}{content}\n{end}{after}"
 
 
-def guard(main):
-    """Run a program and exit, with one sentence and code 2 where it is refused or interrupted."""
-    try:
-        main()
-        sys.exit(0)
-    except Refused as refused:
-        sentence = str(refused)
-    except KeyboardInterrupt:
-        sentence = "interrupted; the same command goes on where it was"
-    print(f"error: {sentence}", file=sys.stderr)
-    sys.exit(2)
-
-
 if __name__ == "__main__":
-    guard(main)
+    common.guard(main)

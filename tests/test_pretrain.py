@@ -113,3 +113,34 @@ def test_a_width_that_three_heads_cannot_share_is_refused(tmp_path):
     assert ended.returncode == 2
     assert ended.stderr.splitlines()[-1].endswith("the image tower has 3 heads")
     assert "Traceback" not in ended.stderr
+
+
+def test_stages_that_end_at_another_size_are_refused_before_anything_is_written(
+    monkeypatch, capsys
+):
+    words = ["pretrain.py", "--data-root", "nowhere", "--stages", "32:2", "48:1"]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(pretrain, "write_embedded", lambda *_: pytest.fail("it writes"))
+    with pytest.raises(SystemExit, match="2"):
+        pretrain.main()
+    assert "the last of --stages must be 64:STEPS" in capsys.readouterr().err
+
+
+def test_a_cache_of_other_images_is_refused(monkeypatch, tmp_path):
+    def listed(*names):
+        items = [(tmp_path / name, "flickr", 0) for name in names]
+        monkeypatch.setattr(pretrain, "captioned_photographs", lambda _: (items, [["a"]], 1))
+        args = pretrain.parser.parse_args(["--data-root", str(tmp_path), "--no-teacher"])
+        args.work = tmp_path
+        return args
+
+    def decode(items, *_):
+        return torch.zeros(len(items), 3, 64, 64, dtype=torch.uint8), torch.rand(len(items), 4)
+
+    monkeypatch.setattr(pretrain, "decode", decode)
+    monkeypatch.setattr(pretrain, "idx_images", lambda *_: (None, None))
+    data, _ = pretrain.load_data(listed("1.jpg", "2.jpg", "3.jpg"))
+    assert len(data.images) == 3
+    assert len(pretrain.load_data(listed("1.jpg", "2.jpg", "3.jpg"))[0].images) == 3
+    with pytest.raises(common.Fault, match="holds other images"):
+        pretrain.load_data(listed("1.jpg", "2.jpg", "4.jpg"))

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import pathlib
 import re
 import shlex
@@ -295,11 +296,11 @@ def test_the_pages_state_what_retrieval_finds(lines):
 # ------------------------------------------------------------------------------------------------
 
 
-def backdoor(folder, success, seed=1, dataset="embedded", poisoned_shots=False):
+def backdoor(folder, success, seed=1, dataset="embedded", poisoned_shots=False, eps=3 / 255):
     """The folder of a finished run of examples/backdoor.py."""
     row = {"success": success, "no_patch": 1.0, "clean": 60.0, "pgd": 20.0}
     facts = {"method": "backdoor", "dataset": dataset, "poisoned_shots": poisoned_shots}
-    facts |= {"seed": seed, "test_steps": 100, "rows": {"zero-shot": row}}
+    facts |= {"seed": seed, "eps": eps, "test_steps": 100, "rows": {"zero-shot": row}}
     folder.mkdir(exist_ok=True)
     (folder / "result.json").write_text(json.dumps(facts))
     return folder
@@ -312,7 +313,7 @@ def retrieval(folder):
     row = {"clean": {"image_to_text": recalls, "text_to_image": recalls}, "trained": 1234}
     row["pgd"] = {"20": {"image_to_text": under_attack, "text_to_image": recalls}}
     folder.mkdir(exist_ok=True)
-    facts = {"method": "retrieval", "seed": 1, "rows": {"AdvLoRA": row}}
+    facts = {"method": "retrieval", "seed": 1, "eps": 3 / 255, "rows": {"AdvLoRA": row}}
     (folder / "result.json").write_text(json.dumps(facts))
     return folder
 
@@ -360,11 +361,16 @@ def test_a_run_takes_the_place_of_its_line_and_of_no_other(examples, tmp_path):
 
 
 def test_what_is_no_run_of_an_example_is_refused(examples, tmp_path):
-    with pytest.raises(examples.sweep.Refused, match="no result.json"):
+    with pytest.raises(common.Fault, match="no result.json"):
         examples.keep(tmp_path)
     (tmp_path / "result.json").write_text('{"method": "advmask"}')
-    with pytest.raises(examples.sweep.Refused, match="advmask is no example's"):
+    with pytest.raises(common.Fault, match="advmask is no example's"):
         examples.keep(tmp_path)
+    (tmp_path / "result.json").write_text("{half")
+    with pytest.raises(common.Fault, match="result.json holds what is not JSON"):
+        examples.keep(tmp_path)
+    with pytest.raises(common.Fault, match="eps is 0.0313725, expected 0.01176"):
+        examples.keep(backdoor(tmp_path / "run", 10.0, eps=8 / 255))
 
 
 def test_every_missing_run_is_a_command_that_its_program_takes(examples, tmp_path):
@@ -435,14 +441,19 @@ def test_the_page_states_what_autoattack_takes(monkeypatch):
 
 
 def test_a_run_without_an_adapter_is_refused_with_the_command_that_makes_it(autoattack, tmp_path):
-    with pytest.raises(autoattack.sweep.Refused, match="python advmask.py .* --seed 1"):
+    with pytest.raises(common.Fault, match="python advmask.py .* --seed 1"):
         autoattack.adapter("embedded", "AdvMask")
     for row, folder in (("AdvMask", "main/embedded~AdvMask~1"), ("FAP", "rivals/embedded~FAP~1")):
         run = tmp_path / "runs" / "sweep" / "tiny" / folder / "run"
         run.mkdir(parents=True)
         (run / "adapter.safetensors").write_bytes(b"")
         assert autoattack.adapter("embedded", row) == str(run)
-        with pytest.raises(autoattack.sweep.Refused, match="--dataset caltech101"):
+        # another one of the same row, from a run that was killed while it was evaluated
+        run.with_name("an earlier").mkdir()
+        (run.with_name("an earlier") / "adapter.safetensors").write_bytes(b"")
+        os.utime(run.with_name("an earlier") / "adapter.safetensors", (0, 0))
+        assert autoattack.adapter("embedded", row) == str(run)
+        with pytest.raises(common.Fault, match="--dataset caltech101"):
             autoattack.adapter("caltech101", row)
     assert autoattack.adapter("caltech101", "zero-shot") == "tiny"
 

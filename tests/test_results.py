@@ -909,6 +909,16 @@ def test_the_published_means_are_those_of_the_published_rows():
         assert statistics.mean(column) == pytest.approx(published, abs=0.011)
 
 
+def test_more_arguments_may_not_change_what_a_row_is(sweep):
+    with pytest.raises(common.Fault, match="--more --steps would change the row 'AdvMask, 200"):
+        sweep.runs(["steps"], more=["--steps", "1"])
+    assert sweep.runs(["steps"], more=["--pretrained", "file"])
+
+
+def test_the_clips_of_other_widths_are_the_small_ones_alone(sweep):
+    assert sweep.runs(["scale"]) and sweep.runs(["scale"], "ViT-B-32-quickgelu") == []
+
+
 def test_a_row_of_another_table_is_not_run_twice(sweep):
     commands = [tuple(run.words) for run in sweep.runs(sweep.TABLES)]
     assert len(set(commands)) == len(commands)
@@ -941,6 +951,7 @@ def stubs(tmp_path):
     (tmp_path / "results").mkdir()
     for script in ("sweep.py", "experiments.py"):
         shutil.copy(RESULTS / script, tmp_path / "results")
+    shutil.copy(HERE / "common.py", tmp_path)
     (tmp_path / "baselines").mkdir()
     for program in ("advmask.py", "advlora.py", "baselines/tecoa.py"):
         (tmp_path / program).write_text(STUB)
@@ -965,6 +976,8 @@ if open("mode").read() == f"{value['--dataset']} {value['--seed']}":
 folder = pathlib.Path(value["--out"]) / "x"
 folder.mkdir(parents=True, exist_ok=True)
 facts = {"dataset": value["--dataset"], "seed": int(value["--seed"]), "words": words, "off": 1 / 3}
+if "--transfer" in words:
+    facts["transfer"] = ["caltech101", "embedded"]
 (folder / "result.json").write_text(json.dumps(facts))
 """
 
@@ -1030,6 +1043,8 @@ def test_the_job_array_runs_one_command_a_task_and_none_twice(stubs, tmp_path):
     assert kept(tmp_path, "transfer") == [("tiny_imagenet", "AdvLoRA", 2)]
     assert stubs("transfer", "--slurm", "jobs.sh").returncode == 0
     assert "#SBATCH --array=0-13\n" in (tmp_path / "jobs.sh").read_text()
+    # to other data sets it has not been measured
+    assert len(stubs("transfer", "--list", "--datasets", "dtd").stdout.splitlines()) == 15
 
 
 def test_an_unknown_table_and_an_empty_array_are_one_sentence(stubs, tmp_path):
@@ -1106,7 +1121,7 @@ def test_a_run_that_is_taken_takes_the_place_of_its_line(empty, tmp_path):
         for seed in (1, 2):
             plant(empty, "main", "AdvMask", "embedded", "2" * 10, seed, steps=steps)
     assert [(line["seed"], line["steps"]) for line in empty.read("main")] == [(1, 300), (2, 300)]
-    with pytest.raises(empty.Refused, match="no result.json"):
+    with pytest.raises(common.Fault, match="no result.json"):
         empty.take(tmp_path, empty.runs(["main"]), "tiny")
 
 
@@ -1116,7 +1131,7 @@ def test_a_run_with_the_arguments_of_no_row_is_refused(empty, tmp_path):
     for change in changes:
         result = result_of(empty, run, **change)
         (tmp_path / "result.json").write_text(json.dumps(result))
-        with pytest.raises(empty.Refused, match="no row of steps"):
+        with pytest.raises(common.Fault, match="no row of steps"):
             empty.take(tmp_path, [run], "tiny")
 
 
@@ -1126,7 +1141,7 @@ def test_an_argument_that_a_row_leaves_out_must_have_been_left_out(empty, tmp_pa
         result = result_of(empty, run, lam=30, steps=100, left_out=left_out)
         assert empty.fits(run, result) == fits
     (tmp_path / "result.json").write_text(json.dumps(result_of(empty, run, before=None)))
-    with pytest.raises(empty.Refused, match="did not train"):
+    with pytest.raises(common.Fault, match="did not train"):
         empty.take(tmp_path, [run], "tiny")
 
 
@@ -1198,7 +1213,7 @@ def test_the_tables_of_several_test_sets_have_a_column_for_each(empty):
 def test_runs_of_different_arguments_have_no_mean(empty, key, values):
     for seed, value in enumerate(values, 1):
         plant(empty, "main", "AdvMask", "embedded", "2222", seed, **{key: value})
-    with pytest.raises(empty.Refused, match=f"AdvMask on embedded differ in {key}:"):
+    with pytest.raises(common.Fault, match=f"AdvMask on embedded differ in {key}:"):
         empty.table("main")
 
 

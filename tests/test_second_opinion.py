@@ -421,6 +421,25 @@ def test_prompts_do_not_replace_the_names_of_a_template_without_words(embedded, 
     assert opened.template == "a photo of a {} texture."
 
 
+def test_prompts_are_measured_with_their_own_template(program, monkeypatch, embedded, tmp_path):
+    short = embedded._replace(template="{} texture.")
+    monkeypatch.setattr(common, "load_dataset", lambda *_: short)
+    words = ("--steps", 1, "--batch-size", 10, "--test-steps", 1, "--test-limit", 40)
+    assert program(*METHODS["prompts"], *words, "--out", tmp_path).code == 0
+    (run,) = tmp_path.glob("*")
+    assert program(PROGRAM, run).code == 0
+    assert read(run / "second_opinion.json")["house"] == read(run / "result.json")["after"]
+
+
+def test_a_run_on_own_images_is_attacked_again(program, picture_folder, tmp_path):
+    mine = ("--data-root", picture_folder(tmp_path / "mine"))
+    words = ("--model", "tiny", "--dataset", "folder", *mine, "--out", tmp_path / "runs")
+    assert program("advmask", *TINIEST, *words).code == 0
+    (run,) = (tmp_path / "runs").glob("*")
+    answer = program(PROGRAM, run, *mine)
+    assert answer.code == 0, answer.err
+
+
 def test_a_name_is_attacked_zero_shot_with_every_step_size(program, tmp_path):
     words = ("--test-limit", 2, "--test-steps", 2, "--step", "1/255", "1/510")
     answer = program(PROGRAM, "tiny", *words)

