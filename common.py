@@ -207,7 +207,8 @@ def parse(parser, argv=None):
         for name in args.transfer:
             if name in DATASETS:
                 raise Fault(f"--transfer {name} would need a --data-root of its own; leave it out")
-        if args.data_root.resolve() in args.out.resolve().parents:
+        out = args.out.resolve()
+        if args.data_root.resolve() in (out, *out.parents):
             wanted = "where every folder is a class; choose another"
             raise Fault(f"--out {args.out} lies in --data-root {args.data_root}, {wanted}")
     if args.dtype == "float16":

@@ -54,9 +54,8 @@ def adapter(dataset, row):
     table, name = source if isinstance(source, Same) else ("rivals", row)
     for run in sweep.runs([table]):
         if (run.row, run.dataset, run.seed) == (name, dataset, SEED):
-            found = list(run.folder.glob("*/adapter.safetensors"))
-            if found:  # of several the newest, which is the finished run's
-                return str(max(found, key=lambda file: file.stat().st_mtime).parent)
+            if run.adapter():
+                return str(run.adapter().parent)
             command = shlex.join(sweep.full_command(run, "DATA", "python"))
             raise common.Fault(f"{row} has no adapter in {run.folder}; make it with: {command}")
 

@@ -173,11 +173,9 @@ def collect():
     """Measure the adapters of the table scale that have no line yet."""
     have = {identity(line) for line in sweep.read_lines(FILE)}
     for run in sweep.runs(["scale"]):
-        found = list(run.folder.glob("*/adapter.safetensors"))
-        if found and (run.row, run.seed) not in have:
-            # of several the newest, which is the finished run's
-            file = max(found, key=lambda file: file.stat().st_mtime)
-            line = {"row": run.row, "seed": run.seed, **sweep.shorten(measure(file.parent))}
+        if run.adapter() and (run.row, run.seed) not in have:
+            moved = measure(run.adapter().parent)
+            line = {"row": run.row, "seed": run.seed, **sweep.shorten(moved)}
             sweep.write_lines(FILE, [*sweep.read_lines(FILE), line], identity)
             print(json.dumps(line), flush=True)
 

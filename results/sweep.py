@@ -130,6 +130,11 @@ class Run(NamedTuple):
         """Its result.json, or None before it has ended."""
         return next(self.folder.glob("*/result.json"), None)
 
+    def adapter(self):
+        """Its adapter, of several the newest, which is the finished run's, or None."""
+        found = self.folder.glob("*/adapter.safetensors")
+        return max(found, key=lambda file: file.stat().st_mtime, default=None)
+
 
 def runs(tables, model="tiny", datasets=(), more=()):
     """Every run of these tables -> [Run]."""
@@ -142,6 +147,7 @@ def runs(tables, model="tiny", datasets=(), more=()):
                 if words is None or ("--model" in words and model != "tiny"):
                     continue
                 for word in more:
+                    word = word.partition("=")[0]
                     if word.startswith("--") and word in words:
                         raise common.Fault(
                             f"--more {word} would change the row {row!r}; leave it out"

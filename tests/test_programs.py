@@ -356,6 +356,10 @@ def results_among_the_classes(path, make):
     return *FOLDER, make(path / "d"), "--out", path / "d" / "runs"
 
 
+def results_as_classes(path, make):
+    return *FOLDER, make(path / "d"), "--out", path / "d"
+
+
 def another_set_beside_a_folder(path, make):
     return *FOLDER, make(path / "d"), "--transfer", "eurosat"
 
@@ -452,6 +456,7 @@ FAULTS = {
     "folders of a split": (folders_of_a_split, ["split, test", "one folder per class"]),
     "image of 16 bits": (deep_image, ["1.png", "more than 8 bits"]),
     "results among the classes": (results_among_the_classes, ["--out", "d/runs lies in", "/d,"]),
+    "results as classes": (results_as_classes, ["--out", "/d lies in", "choose another"]),
     "another set beside a folder": (another_set_beside_a_folder, ["--transfer eurosat"]),
     "three names for two": (three_names_for_two, ["classnames.txt names 3", "2 sub-folders"]),
     "names not in UTF-8": (names_in_latin_1, ["classnames.txt", "UTF-8"]),

@@ -912,6 +912,8 @@ def test_the_published_means_are_those_of_the_published_rows():
 def test_more_arguments_may_not_change_what_a_row_is(sweep):
     with pytest.raises(common.Fault, match="--more --steps would change the row 'AdvMask, 200"):
         sweep.runs(["steps"], more=["--steps", "1"])
+    with pytest.raises(common.Fault, match="--more --steps would change"):
+        sweep.runs(["steps"], more=["--steps=1"])
     assert sweep.runs(["steps"], more=["--pretrained", "file"])
 
 
