@@ -31,7 +31,7 @@ accuracy). On the small CLIP the published recipe is better on the embedded data
 Caltech101: results/CHOICES.md.
 
 Evidence, on the small CLIP: 16 shots, eps 3/255, PGD-100, seeds 1-3. Embedded data: clean 82.0 ->
-56.3 +- 4.2, robust 5.5 -> 5.2 +- 0.6. 500 images of Caltech101: clean 63.8 -> 55.7 +- 1.0, robust
+56.8 +- 3.8, robust 6.0 -> 4.7 +- 0.6. 500 images of Caltech101: clean 64.0 -> 55.3 +- 1.0, robust
 4.8 -> 3.7 +- 0.2. So it loses clean accuracy and wins nothing. ViT-B/32 with CLIP's weights has not
 been run here.
 """

@@ -40,9 +40,9 @@ choice). The default is AdamW with 3e-3, and with 1e-2 for FAP (our choice, on v
 results/CHOICES.md).
 
 Evidence, on the small CLIP: 16 shots, eps 3/255, PGD-100, seeds 1-3, clean / robust. Embedded data,
-zero-shot 82.0 / 5.5: AdvVLP 70.5 +- 2.0 / 16.5 +- 1.8, AdvMaPLe 70.5 +- 3.9 / 16.2 +- 0.6, FAP 68.5
-+- 3.1 / 13.0 +- 2.8. 500 images of Caltech101, zero-shot 63.8 / 4.8: AdvVLP 37.7 +- 12.9 / 6.7 +-
-5.1, AdvMaPLe 44.9 +- 1.8 / 7.3 +- 0.5, FAP 52.4 +- 0.7 / 5.9 +- 1.7. ViT-B/32 with CLIP's weights
+zero-shot 82.0 / 6.0: AdvVLP 72.2 +- 3.7 / 16.0 +- 1.3, AdvMaPLe 70.5 +- 4.1 / 15.5 +- 1.8, FAP 73.7
++- 3.1 / 11.7 +- 1.5. 500 images of Caltech101, zero-shot 64.0 / 4.8: AdvVLP 41.6 +- 7.6 / 6.1 +-
+2.5, AdvMaPLe 46.6 +- 0.6 / 8.4 +- 1.5, FAP 53.8 +- 1.4 / 6.9 +- 0.3. ViT-B/32 with CLIP's weights
 has not been run here.
 """
 

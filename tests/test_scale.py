@@ -159,9 +159,9 @@ def test_what_is_off_was_not_zero_before(scale):
     assert scale.switched_off(before, before, ["a"]) == (0.0, None)
 
 
-def test_a_run_of_advmask_is_measured_by_its_bits(scale, program, tmp_path):
-    few = "--steps", 20, "--test-limit", 1, "--test-steps", 1, "--device", "cpu", "--out", tmp_path
-    assert program("advmask", *few).code == 0
+def test_a_run_of_advmask_is_measured_by_its_bits(scale, program, unchecked, tmp_path):
+    few = "--steps", 20, "--batch-size", 4, "--test-limit", 1, "--test-steps", 1
+    assert program("advmask", *few, "--device", "cpu", "--out", tmp_path).code == 0
     (folder,) = tmp_path.glob("*/")
     line = scale.measure(folder)
     tensors, facts = common.load_adapter(folder, "advmask", [])
