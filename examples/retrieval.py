@@ -428,7 +428,7 @@ def arguments():
     weights = "open_clip's tag, a checkpoint file, or none for random weights"
     add("--pretrained", default="openai", help=weights)
     dtypes = ["auto", "float32", "bfloat16", "float16"]
-    dtype = "auto: bfloat16 where the hardware computes in it, else float32"
+    dtype = "auto: bfloat16 where it is the faster, else float32"
     add("--dtype", default="auto", choices=dtypes, help=dtype)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="torch device")
     add("--out", type=pathlib.Path, default=pathlib.Path("runs"), help="folder of the results")

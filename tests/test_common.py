@@ -84,7 +84,7 @@ def test_transfer_to_new_and_others_is_allowed_from_base():
     "flags, dtype",
     [
         ("flags : fpu avx2 amx_bf16", "bfloat16"),
-        ("flags : fpu avx512_bf16 avx2", "bfloat16"),
+        ("flags : fpu avx512_bf16 avx2", "float32"),
         ("Features : asimd bf16", "bfloat16"),
         ("flags : fpu avx2 avx512f avx512_bf16_not", "float32"),
     ],

@@ -3,12 +3,13 @@
     OMP_NUM_THREADS=1 python tests/benchmarks/speed.py                        # everything
     python tests/benchmarks/speed.py training --model ViT-B-32-quickgelu      # random weights
     python tests/benchmarks/speed.py evaluation --run runs/advmask-embedded-tiny-16shot-seed1
-    python tests/benchmarks/speed.py attack layout
+    python tests/benchmarks/speed.py attack layout precision
 
 training: a step of every method over one forward pass. evaluation: common.evaluate against
 torchattacks' PGD on the same images. attack: a step of the attack on ViT-B/32 with and without
 common.PatchEmbedding, and its share of what the machine makes of a large matrix product. layout:
-tokens first, as common.Classifier runs CLIP, against images first, as open_clip does.
+tokens first, as common.Classifier runs CLIP, against images first, as open_clip does. precision: a
+step of the attack in float32 and in bfloat16.
 
 Things that are compared take turns for --rounds rounds, and the least time of each counts.
 """
@@ -30,7 +31,7 @@ import advmask
 import common
 from baselines import advvp, prompts, tecoa, tgazsr
 
-PARTS = ["training", "evaluation", "attack", "layout"]
+PARTS = ["training", "evaluation", "attack", "layout", "precision"]
 VIT = "ViT-B-32-quickgelu"
 
 
@@ -326,6 +327,31 @@ def layout(args):
             )
 
 
+# ------------------------------------------------------------------------------------------------
+# Precision
+# ------------------------------------------------------------------------------------------------
+
+
+def precision(args):
+    """Print how long an attack step takes in bfloat16, by its time in float32."""
+    for model, n in (("tiny", 32), (VIT, 8)):
+        net = random_clip(model, args)
+        x, y = random_batch(net, n, args)
+
+        def step_in(dtype):
+            net.dtype = dtype
+            attack_step(net, x, y)
+
+        calls = {
+            "float32": lambda: step_in(torch.float32),
+            "bfloat16": lambda: step_in(torch.bfloat16),
+        }
+        seconds = least_seconds(calls, args)
+        shown = [f"{name} {1000 * least:.0f} ms" for name, least in seconds.items()]
+        ratio = seconds["bfloat16"] / seconds["float32"]
+        print(f"{model}, batch {n}: {', '.join(shown)}: {ratio:.2f} to 1", flush=True)
+
+
 def arguments():
     """The script's argument parser."""
     parser = common.Parser(description=__doc__.split("\n")[0])
@@ -338,7 +364,7 @@ def arguments():
     add("--batch", type=common.at_least(1), default=32, help="images of the parts training, attack")
     add("--rounds", type=common.at_least(1), default=3, help="the least time of so many counts")
     dtypes = ["auto", "float32", "bfloat16"]
-    dtype = "auto: bfloat16 where the hardware computes in it, else float32"
+    dtype = "auto: bfloat16 where it is the faster, else float32"
     add("--dtype", default="auto", choices=dtypes, help=dtype)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="torch device")
@@ -358,10 +384,9 @@ def main():
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     print(f"torch {torch.__version__}, {threads} threads, {args.dtype} on {args.device}")
+    measure = dict(zip(PARTS, (training, evaluation, attack, layout, precision)))
     for part in args.parts or PARTS:
-        {"training": training, "evaluation": evaluation, "attack": attack, "layout": layout}[part](
-            args
-        )
+        measure[part](args)
 
 
 if __name__ == "__main__":
