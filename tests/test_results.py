@@ -603,7 +603,11 @@ CHOICES = [
         "wins {:.0f} on Caltech101, and nothing",
         1,
     ),
-    ("attempts", "embedded", "AdvMask defaults", "AdvMask matrix", "clean", "seeds disagree", 0),
+    *[
+        ("attempts", dataset, "AdvMask defaults", "AdvMask matrix", column, "seeds disagree", 0)
+        for dataset in ("embedded", "caltech101")
+        for column in ("clean", "PGD")
+    ],
 ]
 
 
@@ -737,9 +741,17 @@ def test_the_page_says_which_choices_ran_on_another_machine(sweep):
     assert [on_gpu("choices", row) for row in rows[first:]] == [{False}] * len(rows[first:])
 
 
-def test_stopping_late_changes_no_accuracy(sweep):
+def test_stopping_late_changes_next_to_no_accuracy(sweep):
     late, own = (sweep.find("attempts", f"AdvMask {row}", "embedded") for row in ("late", OWN))
     assert late.values == own.values
+    moved = []
+    for column in ("clean", "PGD"):
+        moved += difference(
+            sweep, "attempts", "caltech101", "AdvMask late", "AdvMask defaults", column
+        )
+    assert len(moved) == 6
+    told = f"none moves by more than {max(map(abs, moved)):.1f} points"
+    assert told in text_of("CHOICES.md")
     (steps,) = {line["steps"] for line in own.lines}
     decay = 1 + torch.cos(math.pi * torch.arange(steps) / steps)  # as in advmask.train
     left = 100 * decay[-steps // 5 :].sum() / decay.sum()
