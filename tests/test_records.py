@@ -100,14 +100,16 @@ def test_a_cost_is_the_least_of_its_rounds(cost, monkeypatch, tmp_path):
 
     def run(words):
         n = next(counts)
-        facts = {"model": words[words.index("--model") + 1], "commit": "c" * 12, "dtype": "float32"}
-        facts |= {"batch_size": 32, "steps": 20, "device_name": "1 CPU threads"}
+        changed = "-dirty" if cost.FILE.exists() else ""  # the lines are in the repository
+        facts = {"model": words[words.index("--model") + 1], "commit": "c" * 12 + changed}
+        facts |= {"batch_size": 32, "steps": 20, "device_name": "1 CPU threads", "dtype": "float32"}
         return facts | {"training_seconds": n, "peak_memory_mib": 1000 - n}
 
     monkeypatch.setattr(cost, "run", run)
     monkeypatch.setattr(cost, "FILE", tmp_path / "cost.jsonl")
     cost.measure(2)
-    first, *_ = cost.sweep.read_lines(cost.FILE)
+    first, *others = cost.sweep.read_lines(cost.FILE)
+    assert {line["commit"] for line in others} == {"c" * 12}
     n = len(cost.RUNS)
     assert (first["row"], first["milliseconds"]) == ("TeCoA", 1000 / 20), "of 1 and 1 + n seconds"
     assert first["peak_memory_mib"] == 1000 - (1 + n)
