@@ -1279,11 +1279,19 @@ def describe(args, method):
         if key not in ("data_root", "out", "load", "export"):
             facts[key] = value
     facts["versions"] = {m.__name__: m.__version__ for m in (torch, torchvision, open_clip)}
-    git = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=12"]
     facts["commit"] = ""
     with contextlib.suppress(OSError):
-        facts["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+        facts["commit"] = git("describe", "--always", "--abbrev=12")
+        # lines of results, which finished runs add, are no change of the code
+        if git("diff", "HEAD", "--name-only", "--", ".", ":!*.jsonl"):
+            facts["commit"] += "-dirty"
     return facts
+
+
+def git(*words):
+    """What git prints about this repository; nothing where it fails. Raises OSError without git."""
+    command = ["git", "-C", str(HERE), *words]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 def save_adapter(folder, tensors, classifier, args, method):

@@ -48,7 +48,6 @@ def run(words):
 
 def measure(rounds):
     """Run every program `rounds` times on every model; keep a line of each when a model is done."""
-    commit = None
     for model, setting in SETTINGS.items():
         milliseconds = {name: [] for name in RUNS}
         memory = {name: [] for name in RUNS}
@@ -57,16 +56,13 @@ def measure(rounds):
                 result = run([*program.split(), *setting.split()])
                 milliseconds[name].append(1000 * result["training_seconds"] / result["steps"])
                 memory[name].append(result["peak_memory_mib"])
-                # of the first run: the lines of a model, once written, are a change themselves
-                commit = commit or result["commit"]
                 print(f"{model}, {name}: {milliseconds[name][-1]:.0f} ms a step", flush=True)
         lines = [line for line in sweep.read_lines(FILE) if line["model"] != model]
         for name in RUNS:
             line = {"row": name, "milliseconds": min(milliseconds[name])}
             line |= {"peak_memory_mib": min(memory[name]), "rounds": rounds}
-            for key in ("model", "batch_size", "steps", "device_name", "dtype"):
+            for key in ("model", "batch_size", "steps", "device_name", "dtype", "commit"):
                 line[key] = result[key]
-            line["commit"] = commit
             lines.append(sweep.shorten(line))
         # by model; the rows of a model stay in their order
         sweep.write_lines(FILE, lines, lambda line: list(SETTINGS).index(line["model"]))

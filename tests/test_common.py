@@ -1028,6 +1028,26 @@ def test_describe_needs_no_git(monkeypatch, tmp_path):
     assert common.describe(args, "m")["commit"] == ""
 
 
+def test_a_new_line_of_results_is_no_change_of_the_code(monkeypatch, tmp_path):
+    monkeypatch.setattr(common, "HERE", tmp_path)
+    code, lines = tmp_path / "advmask.py", tmp_path / "main.jsonl"
+    for file in (code, lines):
+        file.write_text("old\n")
+    common.git("init")
+    common.git("add", ".")
+    common.git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "a")
+
+    def commit():
+        return common.describe(run_args(tmp_path), "m")["commit"]
+
+    first = commit()
+    assert len(first) == 12
+    lines.write_text("new\n")
+    assert commit() == first
+    code.write_text("new\n")
+    assert commit() == f"{first}-dirty"
+
+
 def test_save_run_writes_how_it_was_made_and_what_it_gave(tmp_path):
     args = run_args(tmp_path)
     common.save_run(tmp_path, args, "m", before=None, after={"pgd": 1.5})

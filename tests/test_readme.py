@@ -189,7 +189,7 @@ def test_what_was_found_is_what_the_table_shows():
         first, second = (re.search(cells_of(row), page, re.MULTILINE) for row in (better, worse))
         assert words.format(float(first[1]) - float(second[1])) in text
     tecoa = float(re.search(cells_of("TeCoA"), page, re.MULTILINE)[1])
-    ahead = f"TeCoA is {robust_tecoa - robust:.0f} and {tecoa - mask:.0f} above it"
+    ahead = f"TeCoA is {robust_tecoa - robust:.0f} and {tecoa - mask:.0f} above AdvMask"
     assert ahead in text
 
 

@@ -100,16 +100,14 @@ def test_a_cost_is_the_least_of_its_rounds(cost, monkeypatch, tmp_path):
 
     def run(words):
         n = next(counts)
-        changed = "-dirty" if cost.FILE.exists() else ""  # the lines are in the repository
-        facts = {"model": words[words.index("--model") + 1], "commit": "c" * 12 + changed}
-        facts |= {"batch_size": 32, "steps": 20, "device_name": "1 CPU threads", "dtype": "float32"}
+        facts = {"model": words[words.index("--model") + 1], "commit": "c" * 12, "dtype": "float32"}
+        facts |= {"batch_size": 32, "steps": 20, "device_name": "1 CPU threads"}
         return facts | {"training_seconds": n, "peak_memory_mib": 1000 - n}
 
     monkeypatch.setattr(cost, "run", run)
     monkeypatch.setattr(cost, "FILE", tmp_path / "cost.jsonl")
     cost.measure(2)
-    first, *others = cost.sweep.read_lines(cost.FILE)
-    assert {line["commit"] for line in others} == {"c" * 12}
+    first, *_ = cost.sweep.read_lines(cost.FILE)
     n = len(cost.RUNS)
     assert (first["row"], first["milliseconds"]) == ("TeCoA", 1000 / 20), "of 1 and 1 + n seconds"
     assert first["peak_memory_mib"] == 1000 - (1 + n)
@@ -431,6 +429,7 @@ def test_the_page_states_what_autoattack_takes(monkeypatch):
         assert found["APGD-T"] == found["FAB-T"] == found["Square"]
     prompts = [pair for pair in taken if pair[1] in ("AdvVLP", "AdvMaPLe", "FAP")]
     moved = [pair for pair in taken if pair[1] in ("AdvMask", "AdvLoRA", "TeCoA", "TGA-ZSR")]
+    assert (len(moved), len(prompts)) == (8, 6)
     for pairs, words in (
         (moved, "AutoAttack takes {:.1f} to {:.1f} points, or {:.0f} to {:.0f} %"),
         (prompts, "lose {:.1f} to {:.1f} points, or {:.0f} to {:.0f} % of what PGD-100"),
