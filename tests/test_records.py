@@ -201,11 +201,12 @@ def seconds(lines, example):
 def test_the_pages_state_what_the_backdoors_leave(lines):
     page, readme, program = words("results/RESULTS.md"), words("README.md"), words(BACKDOOR)
     left = {}
-    for dataset in ("embedded", "caltech101"):
+    fallen = []
+    for dataset, where in (("embedded", "on the embedded data"), ("caltech101", "on Caltech101")):
         rows = of_seeds(lines, f"backdoor, {dataset}")
         left[dataset] = {name: round(mean(runs, "success")) for name, runs in rows.items()}
         found = [left[dataset][name] for name in ("backdoored", "AdvLoRA", "AdvMask")]
-        assert "of {} % success {} and {} are left".format(*found) in page
+        fallen.append("from {} to {} and {} % {}".format(*found, where))
         names = ("backdoored", "AdvMask", "AdvLoRA", "full adversarial", "full clean", "plain LoRA")
         numbers = re.findall(r"falls from .*? leaves \d+", program)[dataset == "caltech101"]
         assert re.findall(r"\d+", numbers) == [str(left[dataset][name]) for name in names]
@@ -218,19 +219,18 @@ def test_the_pages_state_what_the_backdoors_leave(lines):
         # what AdvMask leaves beyond the mistakes that its network makes without the patch
         beyond = [run["success"] - run["no_patch"] for run in rows["AdvMask"]]
         assert sum(points < 2 for points in beyond) == (dataset == "caltech101")
-    assert f"without an attack, leaves {left['embedded']['plain LoRA']}." in page
-    assert f"plain LoRA leaves {left['caltech101']['plain LoRA']}." in page
-    full = [left[dataset]["full adversarial"] for dataset in ("embedded", "caltech101")]
-    assert "leaves {} and {}.".format(*full) in page
-    names = ("backdoored", "AdvMask", "full adversarial", "AdvLoRA")
-    found = [left["embedded"][name] for name in names]
-    text = "Of a backdoor's {} % success** AdvMask leaves {} %, full fine-tuning {} %, AdvLoRA {} %"
+    assert f"The success falls {', and '.join(fallen)}." in page
+    plain, full = [
+        [left[dataset][name] for dataset in ("embedded", "caltech101")]
+        for name in ("plain LoRA", "full adversarial")
+    ]
+    assert "without an attack, leaves {} and {} %.".format(*plain) in page
+    assert "does as well**, and leaves {} and {} %.".format(*full) in page
+    found = [left["embedded"][name] for name in ("backdoored", "AdvMask", "AdvLoRA")]
+    text = "success falls from {} to {} % with AdvMask**, to {} with AdvLoRA (embedded data)"
     assert text.format(*found) in readme
     by_seed = [run["success"] for run in of_seeds(lines, "backdoor, caltech101")["AdvMask"]]
-    assert (
-        "AdvMask's {} are {:.0f}, {:.0f} and {:.0f}".format(left["caltech101"]["AdvMask"], *by_seed)
-        in page
-    )
+    assert "it is {:.0f}, {:.0f} and {:.0f} % by seed".format(*by_seed) in page
     first, second = [seconds(lines, f"backdoor, {name}") for name in ("embedded", "caltech101")]
     assert f"the first took {first}, the second {second}" in program
 
@@ -412,6 +412,7 @@ def test_the_table_has_a_row_for_every_answer_in_the_order_of_the_rivals(autoatt
     assert second == "| embedded | FAP | 80.0 | 15.0 | 14.0 | 13.0 | 12.0 | 11.0 | 10.0 |"
     assert third.endswith("| 3.0 | 2.0 |") and third.startswith("| caltech101 | zero-shot |")
     others = {"AdvMask", "AdvLoRA", "TeCoA", "TGA-ZSR", "AdvVP", "AdvVLP", "AdvMaPLe"}
+    others.add("AdvVLP, published recipe")
     missing = autoattack.missing()
     assert {row for dataset, row in missing if dataset == "embedded"} == others
     assert {row for dataset, row in missing if dataset == "caltech101"} == others | {"FAP"}

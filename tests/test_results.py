@@ -164,152 +164,134 @@ LAFA = "CE + LAFA"
 TRANSFER = "transfer", "tiny_imagenet"
 CLEAN_TOO = "AdvLoRA, CE + CE of clean images / 2"
 VLP, MAPLE, TGA, FULL = (
-    f"{name}, published" for name in ("AdvVLP", "AdvMaPLe", "TGA-ZSR", "TeCoA")
+    f"{name}, published recipe" for name in ("AdvVLP", "AdvMaPLe", "TGA-ZSR", "TeCoA")
 )
 # Differences that RESULTS.md states: table, dataset, a row and the row it is compared with, column,
 # the words around the mean difference, and whether it has one sign in every seed
 CLAIMS = [
-    ("main", "embedded", "TeCoA", "AdvLoRA", "PGD", "TeCoA is {:.0f} points ahead of AdvLoRA", 1),
-    ("main", "caltech101", "TeCoA", "AdvLoRA", "PGD", "and {:.0f} on Caltech101. **How sure?**", 1),
-    ("main", "embedded", "TeCoA", "AdvMask", "PGD", "TeCoA is {:.0f} points ahead of AdvMask", 1),
-    ("main", "caltech101", "TeCoA", "AdvMask", "PGD", "and {:.0f} on Caltech101. In clean", 1),
-    ("main", "embedded", "AdvLoRA", "AdvMask", "clean", "AdvLoRA is {:.0f} clean points ahead", 1),
-    ("main", "embedded", "AdvLoRA", "AdvMask", "PGD", "and {:.0f} under PGD. On Caltech101", 1),
-    ("main", "caltech101", "AdvLoRA", "AdvMask", "clean", "it is {:.0f} clean points ahead", 1),
-    ("main", "caltech101", "AdvLoRA", "AdvMask", "PGD", "{:.0f} under PGD, which is within", 0),
-    ("main", "caltech101", "TeCoA", "AdvMask", "clean", "TeCoA is {:.0f} points ahead. AdvLoRA", 1),
-    ("main", "embedded", "AdvLoRA", "TeCoA", "clean", "AdvLoRA is {:.0f} points above TeCoA", 1),
     ("main", "embedded", "AdvMask", "zero-shot", "PGD", "AdvMask gains {:.1f} points", 1),
     ("main", "embedded", "zero-shot", "AdvMask", "clean", "for {:.1f} clean ones", 1),
+    ("rivals", "embedded", "AdvMask", "AdvVLP", "PGD", "it is {:.0f} points ahead of AdvVLP", 1),
     (
         "rivals",
         "embedded",
         "AdvMask",
-        "AdvVLP",
+        "FAP",
         "PGD",
-        "AdvMask is {:.0f} points ahead of AdvVLP",
+        "AdvVLP, and {:.0f} ahead of FAP. On Caltech101",
         1,
     ),
-    ("rivals", "embedded", "AdvMask", "FAP", "PGD", "and {:.0f} ahead of FAP", 1),
-    ("rivals", "embedded", "TGA-ZSR", "AdvMask", "PGD", "TGA-ZSR is {:.0f} points ahead of", 1),
-    ("rivals", "embedded", "TGA-ZSR", "AdvMask", "clean", "Its {:.0f} clean points there", 0),
+    ("rivals", "embedded", "TGA-ZSR", "AdvMask", "PGD", "AdvMask**, by {:.0f} points on the", 1),
+    (
+        "rivals",
+        "embedded",
+        "TGA-ZSR",
+        "AdvMask",
+        "clean",
+        "keeps {:.0f} clean points more on the embedded data, within",
+        0,
+    ),
+    ("rivals", "caltech101", "TGA-ZSR", "AdvMask", "clean", "thin noise, and {:.0f} more on Ca", 1),
+    ("rivals", "caltech101", "AdvMask", "AdvMaPLe", "PGD", "{:.0f} points ahead of AdvMaPLe", 1),
+    ("rivals", "caltech101", "FAP", "AdvVLP", "clean", "keeps {:.0f} clean points more than Ad", 1),
+    ("rivals", "caltech101", "FAP", "AdvMaPLe", "clean", "and {:.0f} more than AdvMaPLe.", 1),
+    ("rivals", "caltech101", "FAP", "AdvVLP", "PGD", "On Caltech101 it is within noise of both", 0),
+    ("rivals", "caltech101", VLP, "AdvVLP", "PGD", "there, and {:.0f} points more under PGD.", 1),
+    ("rivals", "embedded", "TGA-ZSR", TGA, "PGD", "it is {:.0f} points less robust than", 1),
+    (
+        "rivals",
+        "embedded",
+        "TGA-ZSR",
+        "TeCoA",
+        "clean",
+        "within noise, and keeps {:.0f} clean points more",
+        1,
+    ),
     (
         "rivals",
         "caltech101",
         "TGA-ZSR",
-        "AdvMask",
+        "TeCoA",
         "clean",
-        "on Caltech101 it keeps {:.0f} more",
+        "on the embedded data, and {:.0f} on Caltech101. **How",
         1,
     ),
-    ("rivals", "caltech101", "AdvMask", "AdvMaPLe", "PGD", "{:.0f} points ahead of AdvMaPLe", 1),
-    ("rivals", "caltech101", "FAP", "AdvVLP", "clean", "keeps {:.0f} clean points more than Ad", 1),
-    ("rivals", "caltech101", "FAP", "AdvMaPLe", "clean", "and {:.0f} more than AdvMaPLe, in", 1),
-    ("rivals", "caltech101", "FAP", "AdvVLP", "PGD", "On Caltech101 it is within noise of", 0),
-    ("rivals", "caltech101", VLP, "AdvVLP", "PGD", "better, and {:.0f} points under PGD:", 1),
-    ("rivals", "embedded", "TGA-ZSR", TGA, "PGD", "TGA-ZSR is {:.0f} points less robust with", 1),
-    ("rivals", "embedded", "TGA-ZSR", "TeCoA", "clean", "and {:.0f} clean points ahead of it", 1),
-    ("rivals", "caltech101", "TGA-ZSR", "TeCoA", "clean", "of it, on Caltech101 {:.0f}.", 1),
-    ("rivals", "embedded", "AdvVLP", "AdvMask", "clean", "AdvVLP keeps {:.0f} clean points", 0),
+    ("rivals", "embedded", "AdvVLP", "AdvMask", "clean", "AdvVLP keeps {:.0f} points more", 0),
     ("rivals", "embedded", "AdvMaPLe", "AdvMask", "clean", "AdvMaPLe {:.0f} and FAP", 0),
-    ("rivals", "embedded", "FAP", "AdvMask", "clean", "and FAP {:.0f}, which is within noise", 0),
+    ("rivals", "embedded", "FAP", "AdvMask", "clean", "and FAP {:.0f}. That is within noise", 0),
+    ("rivals", "caltech101", "AdvMask", "AdvVLP", "PGD", "AdvMaPLe, {:.0f} ahead of AdvVLP", 1),
     (
         "rivals",
         "caltech101",
         "AdvMask",
-        "AdvVLP",
+        "FAP",
         "PGD",
-        "under PGD, {:.0f} ahead of AdvVLP",
+        "14 ahead of AdvVLP, and {:.0f} ahead of FAP",
         1,
     ),
-    ("rivals", "caltech101", "AdvMask", "FAP", "PGD", "AdvVLP, {:.0f} ahead of FAP", 1),
-    ("rivals", "caltech101", "AdvMask", VLP, "PGD", "It is {:.0f} points ahead of AdvVLP's", 1),
-    ("rivals", "caltech101", VLP, "AdvMask", "clean", "but keeps {:.0f} clean points less", 1),
+    ("rivals", "caltech101", "AdvMask", VLP, "PGD", "there AdvMask is {:.0f} points ahead", 1),
+    ("rivals", "caltech101", VLP, "AdvMask", "clean", "and keeps {:.0f} clean points less", 1),
+    ("rivals", "caltech101", VLP, "AdvVLP", "clean", "is stable. It keeps {:.0f} clean points ", 1),
+    ("rivals", "caltech101", MAPLE, "AdvMaPLe", "clean", "recipe keeps {:.0f} clean points mor", 1),
     (
         "rivals",
         "caltech101",
-        VLP,
-        "AdvVLP",
+        "FAP, published recipe",
+        "FAP",
         "clean",
-        "is stable, {:.0f} clean points better",
-        1,
+        "**FAP**: the two recipes are within noise",
+        0,
     ),
-    ("rivals", "caltech101", MAPLE, "AdvMaPLe", "clean", "keeps {:.0f} clean points more, by", 1),
-    ("rivals", "caltech101", "FAP, published", "FAP", "clean", "as many within noise", 0),
-    ("rivals", "caltech101", "TGA-ZSR", TGA, "PGD", "and {:.0f} on Caltech101. ##", 1),
+    ("rivals", "caltech101", "TGA-ZSR", TGA, "PGD", "data, and {:.0f} on Caltech101. **TGA", 1),
     (
         "rivals",
         "caltech101",
         "AdvVP",
-        "AdvVP, published",
+        "AdvVP, published recipe",
         "clean",
-        "it loses {:.0f} clean points",
+        "But it loses {:.0f} clean points on Caltech101. So",
         1,
     ),
-    ("rivals", "caltech101", "TGA-ZSR", "AdvMask", "PGD", "and {:.0f} behind TGA-ZSR", 1),
-    ("rivals", "embedded", "AdvVP, published", "AdvVP", "PGD", "is {:.0f} points more robust", 1),
-    ("rivals", "embedded", "FAP, published", "FAP", "clean", "as good there, within noise", 0),
-    ("rivals", "embedded", "AdvVLP", "FAP", "PGD", "FAP is below AdvVLP and AdvMaPLe in", 1),
-    ("rivals", "embedded", "AdvMaPLe", "FAP", "PGD", "FAP is below AdvVLP and AdvMaPLe in", 1),
-    ("rivals", "embedded", "zero-shot", "AdvVP", "PGD", "not more robust than zero-shot", 0),
-    ("rivals", "caltech101", "zero-shot", "AdvVP", "PGD", "not more robust than zero-shot on", 1),
+    ("rivals", "caltech101", "TGA-ZSR", "AdvMask", "PGD", "data, and by {:.0f} on Caltech101. ", 1),
+    ("rivals", "embedded", "AdvVP, published recipe", "AdvVP", "PGD", "wins {:.0f} points unde", 1),
     (
         "rivals",
         "embedded",
-        "AdvVP, published",
+        "FAP, published recipe",
+        "FAP",
+        "clean",
+        "**FAP**: the two recipes are within noise",
+        0,
+    ),
+    ("rivals", "embedded", "AdvVLP", "FAP", "PGD", "it is below AdvVLP and AdvMaPLe. On", 1),
+    ("rivals", "embedded", "AdvMaPLe", "FAP", "PGD", "it is below AdvVLP and AdvMaPLe. On", 1),
+    ("rivals", "embedded", "zero-shot", "AdvVP", "PGD", "not more robust than zero-shot", 0),
+    ("rivals", "caltech101", "zero-shot", "AdvVP", "PGD", "not more robust than zero-shot", 1),
+    (
+        "rivals",
+        "embedded",
+        "AdvVP, published recipe",
         "AdvVP",
         "clean",
-        "and on average {:.0f} clean points higher",
+        "and {:.0f} clean points within noise. But",
         0,
     ),
     ("steps", "caltech101", LONG, SHORT, "PGD", "win?** {:.0f} points under PGD", 1),
-    (
-        "controls",
-        "caltech101",
-        "AdvLoRA",
-        "AdvLoRA, not aligned",
-        "PGD",
-        "{:.0f} points are lost",
-        1,
-    ),
+    ("controls", "caltech101", "AdvLoRA", "AdvLoRA, not aligned", "PGD", "{:.0f} points are lo", 1),
     ("controls", "caltech101", "AdvLoRA", "plain LoRA", "PGD", "in plain LoRA {:.0f} as well", 1),
     ("controls", "caltech101", "AdvLoRA", "plain LoRA", "clean", "Either loses {:.0f} clean", 1),
-    (
-        "controls",
-        "caltech101",
-        "AdvLoRA",
-        "AdvLoRA, not aligned",
-        "clean",
-        "Either loses {:.0f} clean",
-        1,
-    ),
-    (
-        "controls",
-        "embedded",
-        "AdvLoRA",
-        "AdvLoRA, not aligned",
-        "PGD",
-        "the loss of {:.0f} points",
-        0,
-    ),
+    ("controls", "caltech101", "AdvLoRA", "AdvLoRA, not aligned", "clean", "er loses {:.0f} cl", 1),
+    ("controls", "embedded", "AdvLoRA", "AdvLoRA, not aligned", "PGD", "he loss of {:.1f} poin", 0),
     (
         "controls",
         "embedded",
         "AdvLoRA, SVD start",
         "AdvLoRA, not aligned",
         "PGD",
-        "aligned too, is {:.1f} points above",
+        "There it is {:.1f} points above no alignment",
         1,
     ),
-    (
-        "modules",
-        "caltech101",
-        "MLP",
-        "attention",
-        "clean",
-        "MLP is {:.0f} points ahead of it on",
-        1,
-    ),
+    ("modules", "caltech101", "MLP", "attention", "clean", "MLP is {:.0f} points ahead of it o", 1),
     ("modules", "embedded", "MLP", "attention", "clean", "these two are within noise", 0),
     ("modules", "embedded", "attention", "both", "clean", "is last, {:.0f} points behind", 1),
     ("modules", "caltech101", "both", "attention", "PGD", "{:.0f} points ahead of attention,", 1),
@@ -319,57 +301,33 @@ CLAIMS = [
     ("loss", "embedded", "CE", "CE + LAFA", "clean", "under PGD, and {:.0f} clean points", 1),
     ("loss", "embedded", "CE", "CE + LAFA", "PGD", "CE alone is {:.0f} points above LAFA", 1),
     ("loss", "caltech101", "CE + LAFA", "CE", "PGD", "LAFA is {:.0f} points above CE under", 1),
-    (
-        "loss",
-        "caltech101",
-        "CE + LAFA",
-        "CE + KL",
-        "PGD",
-        "and {:.0f} to 6 above the others. In",
-        1,
-    ),
-    (
-        "loss",
-        "caltech101",
-        "CE + LAFA",
-        "CE + JS",
-        "PGD",
-        "and 5 to {:.0f} above the others. In",
-        1,
-    ),
-    ("loss", "caltech101", "CE + LAFA", "CE", "clean", "it is {:.0f} points above CE, and", 1),
-    (
-        "loss",
-        "caltech101",
-        LAFA,
-        f"{LAFA} unweighted",
-        "clean",
-        "and {:.0f} to 11 above the others, in",
-        1,
-    ),
-    (
-        "loss",
-        "caltech101",
-        "CE + LAFA",
-        "CE + KL",
-        "clean",
-        "and 8 to {:.0f} above the others, in",
-        1,
-    ),
+    ("loss", "caltech101", "CE + LAFA", "CE + KL", "PGD", "is {:.0f} to 6 points above the oth", 1),
+    ("loss", "caltech101", "CE + LAFA", "CE + JS", "PGD", "is 5 to {:.0f} points above the oth", 1),
+    ("loss", "caltech101", "CE + LAFA", "CE", "clean", "LAFA is {:.0f} points above CE, and", 1),
+    ("loss", "caltech101", LAFA, f"{LAFA} unweighted", "clean", "and {:.0f} to 11 above the ot", 1),
+    ("loss", "caltech101", "CE + LAFA", "CE + KL", "clean", "and 8 to {:.0f} above the others,", 1),
     ("loss", "caltech101", f"{LAFA}, 1 shot", "CE + JS, 1 shot", "clean", "{:.0f} to 6 clean", 1),
     ("loss", "caltech101", f"{LAFA}, 1 shot", "CE + KL, 1 shot", "clean", "4 to {:.0f} clean", 1),
+    ("loss", "caltech101", CLEAN_TOO, "AdvLoRA, CE", "clean", "wins AdvLoRA {:.0f} clean point", 1),
+    ("base-to-new", "caltech101", "zero-shot", "AdvMask", "new clean", "They lose {:.0f} clean", 1),
     (
-        "loss",
+        "base-to-new",
         "caltech101",
-        CLEAN_TOO,
-        "AdvLoRA, CE",
-        "clean",
-        "wins AdvLoRA {:.0f} clean points",
+        "AdvMask",
+        "AdvLoRA",
+        "new clean",
+        "as AdvMask, and {:.0f} clean points lower there",
         1,
     ),
-    ("base-to-new", "caltech101", "zero-shot", "AdvMask", "new clean", "They lose {:.0f} clean", 1),
-    ("base-to-new", "caltech101", "AdvMask", "AdvLoRA", "new clean", "and {:.0f} clean points", 1),
-    ("base-to-new", "caltech101", "AdvMask", "AdvLoRA", "base clean", "within noise of each", 0),
+    (
+        "base-to-new",
+        "caltech101",
+        "AdvMask",
+        "AdvLoRA",
+        "base clean",
+        "classes the two are within noise of each other",
+        0,
+    ),
     ("base-to-new", "caltech101", "AdvMask", "AdvLoRA", "H", "and so is their H", 0),
     ("base-to-new", "caltech101", "zero-shot", "AdvVP", "new clean", "classes, {:.0f}, and", 1),
     ("base-to-new", "caltech101", "AdvMask", "AdvMaPLe", "H", "is above that of every prompt", 1),
@@ -378,10 +336,10 @@ CLAIMS = [
     ("base-to-new", "caltech101", "AdvMask", "AdvVP", "H", "is above that of every prompt", 1),
     ("base-to-new", "caltech101", "AdvVLP", "FAP", "H", "is below AdvVLP and AdvMaPLe", 1),
     ("base-to-new", "caltech101", "AdvMaPLe", "FAP", "H", "is below AdvVLP and AdvMaPLe", 1),
-    ("base-to-new", "caltech101", "TGA-ZSR", "AdvMask", "H", "is ahead on both: on", 1),
-    ("base-to-new", "caltech101", "TeCoA", "AdvMask", "H", "is ahead on both: on", 1),
-    ("base-to-new", "embedded", "TGA-ZSR", "AdvMask", "H", "is ahead on both: on", 1),
-    ("base-to-new", "embedded", "TeCoA", "AdvMask", "H", "is ahead on both: on", 1),
+    ("base-to-new", "caltech101", "TGA-ZSR", "AdvMask", "H", "is ahead of AdvMask on both data", 1),
+    ("base-to-new", "caltech101", "TeCoA", "AdvMask", "H", "is ahead of AdvMask on both data s", 1),
+    ("base-to-new", "embedded", "TGA-ZSR", "AdvMask", "H", "is ahead of AdvMask on both data s", 1),
+    ("base-to-new", "embedded", "TeCoA", "AdvMask", "H", "is ahead of AdvMask on both data set", 1),
     ("base-to-new", "embedded", "AdvMask", "AdvVLP", "H", "is above that of every prompt", 1),
     ("base-to-new", "embedded", "AdvMask", "AdvMaPLe", "H", "is above that of every prompt", 1),
     ("base-to-new", "embedded", "AdvMask", "FAP", "H", "is above that of every prompt", 1),
@@ -389,7 +347,15 @@ CLAIMS = [
     ("base-to-new", "embedded", "AdvVLP", "FAP", "H", "is below AdvVLP and AdvMaPLe", 1),
     ("base-to-new", "embedded", "AdvMaPLe", "FAP", "H", "is below AdvVLP and AdvMaPLe", 1),
     ("modules", "embedded", "AdvLoRA, attention", "AdvLoRA, both", "clean", "keeps {:.1f} c", 1),
-    ("modules", "caltech101", "AdvLoRA, both", "AdvLoRA, attention", "clean", "loses {:.0f} c", 1),
+    (
+        "modules",
+        "caltech101",
+        "AdvLoRA, both",
+        "AdvLoRA, attention",
+        "clean",
+        "it loses {:.0f} clean points and",
+        1,
+    ),
     ("modules", "caltech101", "AdvLoRA, both", "AdvLoRA, attention", "PGD", "and {:.0f} under", 1),
     (
         "modules",
@@ -397,22 +363,22 @@ CLAIMS = [
         "attention",
         "AdvLoRA, attention",
         "PGD",
-        "is {:.0f} points behind",
+        "on Caltech101 it is {:.0f} points behind, in every",
         1,
     ),
-    ("modules", "caltech101", "both", "AdvLoRA, both", "PGD", "is not ahead of AdvMask under", 0),
-    ("modules", "embedded", "both", "AdvLoRA, both", "PGD", "is not ahead of AdvMask under PGD", 0),
+    ("modules", "caltech101", "both", "AdvLoRA, both", "PGD", "is not ahead of AdvMask** under", 0),
+    ("modules", "embedded", "both", "AdvLoRA, both", "PGD", "is not ahead of AdvMask** under P", 0),
     ("base-to-new", "embedded", "AdvLoRA", "AdvMask", "H", "AdvLoRA's H is {:.0f} points", 1),
-    ("rivals", "embedded", TGA, "zero-shot", "PGD", "TGA-ZSR's wins {:.0f} points on the", 1),
-    ("rivals", "caltech101", TGA, "zero-shot", "PGD", "and {:.0f} on Caltech101, as much", 1),
-    ("rivals", "embedded", FULL, "zero-shot", "PGD", "wins 1 to {:.0f} points over zero-shot", 1),
-    ("rivals", "caltech101", FULL, "zero-shot", "PGD", "wins {:.0f} to 3 points over", 1),
+    ("rivals", "embedded", TGA, "zero-shot", "PGD", "wins {:.0f} points over zero-shot under", 1),
+    ("rivals", "caltech101", TGA, "zero-shot", "PGD", "and {:.0f} on Caltech101. That is as mu", 1),
+    ("rivals", "embedded", FULL, "zero-shot", "PGD", "wins only 1 to {:.0f} points over", 1),
+    ("rivals", "caltech101", FULL, "zero-shot", "PGD", "wins only {:.0f} to 3 points over", 1),
     (*TRANSFER, "TGA-ZSR", "AdvMask", "embedded PGD", "TGA-ZSR is {:.0f} points ahead of AdvM", 1),
     (*TRANSFER, "TGA-ZSR", "AdvMask", "caltech101 PGD", "and {:.0f} on Caltech101. FAP", 1),
     (*TRANSFER, "AdvMask", "FAP", "embedded PGD", "the embedded data, by {:.0f} points", 1),
     (*TRANSFER, "AdvMask", "zero-shot", "embedded PGD", "and {:.0f} points on", 1),
     (*TRANSFER, "AdvMask", "zero-shot", "caltech101 PGD", "gains nothing under PGD", 0),
-    (*TRANSFER, "AdvLoRA", "zero-shot", "embedded PGD", "gains {:.0f} points", 1),
+    (*TRANSFER, "AdvLoRA", "zero-shot", "embedded PGD", "It gains {:.0f} points under PGD on", 1),
     (*TRANSFER, "AdvLoRA", "zero-shot", "caltech101 PGD", "nothing beyond noise on Caltech101", 1),
     (*TRANSFER, "AdvLoRA", "AdvMask", "tiny_imagenet PGD", "every seed, by {:.0f} to 4 points", 1),
     (*TRANSFER, "AdvLoRA", "AdvMask", "caltech101 PGD", "is ahead of AdvMask on all three", 1),
@@ -424,140 +390,93 @@ CLAIMS = [
         "zero-shot",
         "AdvMask",
         "base clean",
-        "lose {:.0f} clean points",
+        "classes** lose {:.0f} clean points",
         1,
     ),
     (*TRANSFER, "TeCoA", "TGA-ZSR", "tiny_imagenet PGD", "most robust on all three sets", 1),
     (*TRANSFER, "TeCoA", "TGA-ZSR", "caltech101 PGD", "most robust on all three sets", 1),
     (*TRANSFER, "TeCoA", "TGA-ZSR", "embedded PGD", "most robust on all three sets", 1),
-    (*TRANSFER, "TGA-ZSR", "TeCoA", "caltech101 clean", "keeps more clean accuracy", 1),
-    (*TRANSFER, "TGA-ZSR", "TeCoA", "embedded clean", "keeps more clean accuracy", 1),
+    (*TRANSFER, "TGA-ZSR", "TeCoA", "caltech101 clean", "and TGA-ZSR keeps more clean accuracy", 1),
+    (*TRANSFER, "TGA-ZSR", "TeCoA", "embedded clean", "and TGA-ZSR keeps more clean accuracy", 1),
 ]
 
 
 # The same of CHOICES.md
 NONE, OWN, SAME = "--augment none", "defaults", "unchanged"
+SHORTER = "--steps 150"
 CHOICES = [
-    ("choices", "caltech101", OWN, "--lam 50", "PGD", "150 is {:.1f} points more robust", 1),
-    ("choices", "caltech101", OWN, "--lam 50", "clean", "by seed, and {:.0f} more clean", 1),
-    ("choices", "caltech101", "--lam 500", OWN, "PGD", "500 is {:.0f} points more robust than", 1),
-    ("choices", "caltech101", OWN, "--lam 0", "clean", "Without LAFA {:.0f} clean points go", 1),
-    ("choices", "caltech101", OWN, "--budget 3", "clean", "costs {:.1f} clean points", 1),
-    ("choices", "caltech101", OWN, "--batch-size 64", "clean", "costs AdvMask {:.1f} clean", 1),
-    ("choices", "caltech101", SAME, "undivided", "clean", "in every seed, and {:.0f} on Calt", 0),
-    ("choices", "caltech101", SAME, "undivided", "clean", "data, and {:.0f} on Caltech101", 0),
-    ("choices", "caltech101", SAME, "tokens", "PGD", "is {:.1f} points less robust on Cal", 1),
-    ("choices", "caltech101", SAME, "raw --lam 0.5", "clean", "keep {:.0f} clean points less", 0),
-    ("choices", "caltech101", SAME, "adam --budget 3", "clean", "at {:.0f} clean points less", 1),
-    ("choices", "caltech101", OWN, SAME, "clean", "It keeps {:.0f} clean points less than", 1),
+    ("choices", "caltech101", SHORTER, "--lam 50", "PGD", "150 is {:.1f} points more robust", 1),
+    ("choices", "caltech101", SHORTER, "--lam 50", "clean", "seed, and keeps {:.0f} clean poin", 1),
     (
         "choices",
         "caltech101",
-        "--steps 300 --budget 3",
-        OWN,
+        "--lam 500",
+        SHORTER,
         "PGD",
-        "budget are {:.0f} points more robust",
+        "- 500 is {:.0f} points more robust than 150",
         1,
     ),
+    ("choices", "caltech101", SHORTER, "--lam 0", "clean", "no LAFA, keeps {:.0f} clean points", 1),
+    ("choices", "caltech101", SHORTER, "--budget 3", "clean", "costs {:.1f} clean points", 1),
+    ("choices", "caltech101", SHORTER, "--batch-size 64", "clean", "costs AdvMask {:.1f} clean", 1),
+    ("choices", "caltech101", SAME, "undivided", "clean", "On Caltech101 it keeps {:.0f} less", 0),
+    ("choices", "caltech101", SAME, "undivided", "clean", "tech101 it keeps {:.0f} less, withi", 0),
+    ("choices", "caltech101", SAME, "tokens", "PGD", "is {:.1f} points less robust on Cal", 1),
+    ("choices", "caltech101", SAME, "raw --lam 0.5", "clean", "keep {:.0f} clean points less", 0),
+    ("choices", "caltech101", SAME, "adam --budget 3", "clean", "at {:.0f} clean points less", 1),
+    ("choices", "caltech101", SHORTER, SAME, "clean", "It keeps {:.0f} clean points less than", 1),
+    ("choices", "caltech101", "--steps 300 --budget 3", SHORTER, "PGD", "udget are {:.0f} poin", 1),
     (
         "choices",
         "caltech101",
         "--steps 600 --budget 3",
         "--steps 300 --budget 3",
         "clean",
-        "600 steps keep {:.0f} clean points more",
+        "600 steps keep {:.0f} clean points more than 300",
         1,
     ),
-    (
-        "choices-embedded",
-        "embedded",
-        OWN,
-        "undivided",
-        "clean",
-        "(row `undivided`) costs {:.0f} clean points on the embedded",
-        1,
-    ),
+    ("choices-embedded", "embedded", OWN, "undivided", "clean", "ivided` keeps {:.0f} clean po", 1),
     (
         "choices-embedded",
         "embedded",
         OWN,
         "adam --budget 3",
         "clean",
-        "and {:.0f} clean points are",
+        "and keeps {:.0f} clean points less than the defaults",
         1,
     ),
-    (
-        "choices-embedded",
-        "embedded",
-        OWN,
-        "raw --lam 0.5",
-        "clean",
-        "within noise, and {:.0f} on the embedded data",
-        0,
-    ),
-    (
-        "choices-embedded",
-        "embedded",
-        OWN,
-        "attached",
-        "clean",
-        "On the embedded data {:.0f} clean points are",
-        1,
-    ),
-    (
-        "choices-embedded",
-        "embedded",
-        OWN,
-        "tokens",
-        "PGD",
-        "less robust on Caltech101, and {:.1f} on the embedded",
-        1,
-    ),
+    ("choices-embedded", "embedded", OWN, "raw --lam 0.5", "clean", " noise, and {:.0f} on the", 0),
+    ("choices-embedded", "embedded", OWN, "attached", "clean", " embedded data {:.0f} clean po", 1),
+    ("choices-embedded", "embedded", OWN, "tokens", "PGD", " Caltech101, and {:.1f} on the emb", 1),
     ("choices-embedded", "embedded", "--lam 0", OWN, "clean", "Lambda 0 keeps {:.0f} clean", 1),
     ("choices-embedded", "embedded", "--lam 500", OWN, "PGD", "Lambda 500 is {:.0f} points", 1),
-    (
-        "choices-embedded",
-        "embedded",
-        OWN,
-        "--lam 500",
-        "clean",
-        "robust, at {:.0f} clean points",
-        1,
-    ),
+    ("choices-embedded", "embedded", OWN, "--lam 500", "clean", "robust, at {:.0f} clean point", 1),
     ("choices-embedded", "embedded", "--lam 50", OWN, "PGD", "Lambda 50 is {:.0f} points more", 0),
     ("choices-embedded", "embedded", OWN, "--budget 0.75", "clean", "0.75 keeps {:.0f} clean", 1),
+    ("choices-embedded", "embedded", "--lam 0", "--lam 500", "clean", "the least, {:.1f} point", 1),
     (
         "choices-embedded",
         "embedded",
-        "--lam 0",
         "--lam 500",
-        "clean",
-        "500 the least, {:.1f} points less",
-        1,
-    ),
-    ("choices-embedded", "embedded", "--lam 500", "--lam 0", "PGD", "500 wins {:.0f} points", 1),
-    ("lora", "caltech101", OWN, "unbalanced", "PGD", "it is {:.0f} points lower under PGD", 1),
-    ("lora", "caltech101", OWN, "unbalanced", "clean", "under PGD and {:.0f} clean, which", 1),
-    ("lora", "caltech101", "--clean-weight 0.5", OWN, "clean", "wins {:.1f} clean points", 1),
-    ("lora", "caltech101", OWN, "--clean-weight 0.5", "PGD", "and costs {:.1f} under PGD", 1),
-    (
-        "attempts",
-        "caltech101",
-        f"AdvMask {NONE}",
-        "AdvMask defaults",
-        "clean",
-        "AdvMask {:.1f} clean points on",
-        1,
-    ),
-    (
-        "attempts",
-        "caltech101",
-        f"AdvMask {NONE}",
-        "AdvMask defaults",
+        "--lam 0",
         "PGD",
-        "Under PGD it wins {:.1f} points on Caltech101",
+        "Under PGD 500 wins {:.0f} points over 0, one",
         1,
     ),
+    ("lora", "caltech101", SHORTER, "unbalanced", "PGD", "it is {:.1f} points lower under PGD", 1),
+    ("lora", "caltech101", SHORTER, "unbalanced", "clean", "under PGD and {:.0f} clean, which", 1),
+    ("lora", "caltech101", "--clean-weight 0.5", SHORTER, "clean", "wins {:.1f} clean points", 1),
+    ("lora", "caltech101", SHORTER, "--clean-weight 0.5", "PGD", "and costs {:.1f} under PGD", 1),
+    (
+        "attempts",
+        "caltech101",
+        f"AdvMask {NONE}",
+        "AdvMask defaults",
+        "clean",
+        "wins AdvMask {:.1f} clean points on Caltech101",
+        1,
+    ),
+    ("attempts", "caltech101", f"AdvMask {NONE}", "AdvMask defaults", "PGD", "it wins {:.1f} p", 1),
     (
         "attempts",
         "embedded",
@@ -567,42 +486,10 @@ CHOICES = [
         "and {:.1f} on the embedded data, one image",
         0,
     ),
-    (
-        "attempts",
-        "embedded",
-        "AdvMask defaults",
-        f"AdvMask {NONE}",
-        "clean",
-        "and costs {:.0f} on the embedded",
-        1,
-    ),
-    (
-        "attempts",
-        "caltech101",
-        f"TeCoA {NONE}",
-        "TeCoA defaults",
-        "clean",
-        "TeCoA wins {:.0f} clean points on both",
-        1,
-    ),
-    (
-        "attempts",
-        "embedded",
-        f"TeCoA {NONE}",
-        "TeCoA defaults",
-        "clean",
-        "TeCoA wins {:.0f} clean points on both",
-        1,
-    ),
-    (
-        "attempts",
-        "caltech101",
-        f"AdvLoRA {NONE}",
-        "AdvLoRA defaults",
-        "clean",
-        "wins {:.0f} on Caltech101, and nothing",
-        1,
-    ),
+    ("attempts", "embedded", "AdvMask defaults", f"AdvMask {NONE}", "clean", "d costs {:.0f} o", 1),
+    ("attempts", "caltech101", f"TeCoA {NONE}", "TeCoA defaults", "clean", "CoA wins {:.0f} cl", 1),
+    ("attempts", "embedded", f"TeCoA {NONE}", "TeCoA defaults", "clean", "eCoA wins {:.0f} cle", 1),
+    ("attempts", "caltech101", f"AdvLoRA {NONE}", "AdvLoRA defaults", "clean", "dvLoRA {:.0f} ", 1),
     *[
         ("attempts", dataset, "AdvMask defaults", "AdvMask matrix", column, "seeds disagree", 0)
         for dataset in ("embedded", "caltech101")
@@ -631,6 +518,26 @@ def test_the_page_states_the_differences_of_the_tables(sweep, claim):
     assert words.format(statistics.mean(differences)) in text
     if in_every_seed:
         assert min(differences) > 0
+
+
+@pytest.mark.parametrize(
+    "row, other", [("TeCoA", "AdvMask"), ("TeCoA", "AdvLoRA"), ("AdvLoRA", "AdvMask")]
+)
+def test_the_page_has_all_differences_of_the_first_table(sweep, row, other):
+    paired = importlib.import_module("scale").paired
+    cells = [f"{row} minus {other}"]
+    for column, right in (("PGD", "2"), ("clean", "12")):
+        for dataset in ("embedded", "caltech101"):
+            outcomes = []
+            for name in (row, other):
+                lines = sweep.find("main", name, dataset).lines
+                outcomes.append([line["after"]["outcomes"] for line in lines])
+            mean, low, high = paired(*outcomes, right)
+            found = difference(sweep, "main", dataset, row, other, column)
+            agree = min(found) > 0 or max(found) < 0
+            beyond = low > 0 or high < 0
+            cells.append(f"{mean:+.0f}" if agree and beyond else f"{mean:+.0f}, within noise")
+    assert f"| {' | '.join(cells)} |" in text_of("RESULTS.md")
 
 
 EVIDENCE = {
@@ -689,11 +596,9 @@ def test_the_page_states_the_means_of_base_to_new_and_of_transfer(sweep):
     assert f"TGA-ZSR's H is {H['TGA-ZSR']:.1f}, TeCoA's {H['TeCoA']:.1f}." in text
     rows = "zero-shot", "AdvMask"
     new = [mean("base-to-new", "caltech101", row, "new PGD") for row in rows]
-    assert f"but little, {new[0]:.1f} to {new[1]:.1f} %." in text
+    assert f"rise from {new[0]:.1f} to {new[1]:.1f} % under PGD." in text
     new = [mean("base-to-new", "embedded", row, "new clean") for row in ("AdvMask", "AdvLoRA")]
-    assert (
-        f"AdvMask keeps {new[0]:.0f} % clean on new classes there, AdvLoRA {new[1]:.0f} %" in text
-    )
+    assert f"AdvMask keeps {new[0]:.0f} % clean on new classes, AdvLoRA {new[1]:.0f} %" in text
     new = [mean("base-to-new", "embedded", row, "new PGD") for row in ("TeCoA", "TGA-ZSR")]
     assert f"TeCoA keeps {new[0]:.1f} % on new classes, TGA-ZSR {new[1]:.1f} %" in text
     shots = [mean("shots", "caltech101", f"AdvMask, {k} shots", "PGD") for k in (8, 16)]
@@ -718,7 +623,7 @@ def test_one_commit_and_one_gpu_made_the_tables_but_for_what_the_page_names(swee
     assert told in text_of("RESULTS.md")
     assert all("CPU" in device for _, device in others)
     methods = "AdvVP", "AdvVLP", "AdvMaPLe", "FAP"
-    rows = {("rivals", "caltech101", f"{method}, published") for method in methods}
+    rows = {("rivals", "caltech101", f"{method}, published recipe") for method in methods}
     assert set.union(*others.values()) == rows
     told = (
         "published recipes of AdvVP, AdvVLP, AdvMaPLe and FAP on Caltech101 are older, and ran on a"
@@ -762,28 +667,31 @@ def test_the_page_states_what_other_choices_do(sweep):
     text = text_of("CHOICES.md")
     adam = sweep.find("choices-embedded", "adam --budget 3", "embedded").lines
     off = statistics.mean(100 * line["off"] for line in adam)
-    assert f"a budget of 3 turns {off:.0f} % of the weights off" in text
+    assert f"it turns {off:.0f} % of the weights off with a budget of 3" in text
     own, attached = (sweep.find("choices", row, "caltech101") for row in (SAME, "attached"))
     lost = []
     for column in ("clean", "PGD"):
         left = statistics.mean(attached.values[column]) / statistics.mean(own.values[column])
         lost.append(100 * (1 - left))
-    told = "{:.0f} % of the clean accuracy is lost on Caltech101, and {:.0f} % of that under PGD"
+    told = (
+        "{:.0f} % of the clean accuracy is lost on Caltech101, and {:.0f} % of the accuracy under"
+    )
     assert told.format(*lost) in text
-    on_gpu = difference(sweep, "choices", "caltech101", OWN, SAME, "clean")
-    assert 'than "defaults": {:.1f}, {:.1f} and {:.0f} by seed'.format(*on_gpu) in text
-    wins = []
-    for column in ("PGD", "clean"):
-        for lam in (50, 150, 500, 1500):
+    on_gpu = difference(sweep, "choices", "caltech101", SHORTER, SAME, "clean")
+    told = "than `--steps 150`: {:.1f}, {:.1f} and {:.0f} by seed"
+    assert told.format(*on_gpu) in text
+    for lam in (50, 150, 500, 1500):
+        wins = []
+        for column in ("PGD", "clean"):
             rows = f"scale --lam {lam}", "scale --lam 0"
             won = difference(sweep, "choices", "caltech101", *rows, column)
+            wins.append(statistics.mean(won))
             if lam < 500:
-                assert abs(statistics.mean(won)) <= 2, "next to nothing"
+                assert abs(wins[-1]) <= 2, "next to nothing"
             else:
                 assert min(won) > 0
-                wins.append(statistics.mean(won))
-    told = "500 wins {:.0f} points under PGD over 0, 1500 wins {:.0f}, and {:.0f} and {:.0f} clean"
-    assert told.format(*wins) in text
+        told = "{} wins {:.0f} points under PGD over 0, and {:.0f} clean points, in every seed"
+        assert lam < 500 or told.format(lam, *wins) in text
 
 
 def test_with_one_shot_lafa_leads_in_every_seed_by_little(sweep):
@@ -821,7 +729,7 @@ def test_no_rival_sees_more_images_than_advmask(sweep, dataset):
 
     (most,) = images("AdvMask")
     for row in sweep.TABLES["rivals"].rows:
-        if row != "zero-shot" and not row.endswith(", published"):
+        if row != "zero-shot" and not row.endswith(", published recipe"):
             assert max(images(row)) <= most
 
 
@@ -988,7 +896,7 @@ def test_every_command_of_every_table_is_one_that_its_program_takes(sweep, model
 
 def test_the_page_has_the_command_of_every_table_with_published_numbers(sweep, monkeypatch, capsys):
     text = (RESULTS / "RESULTS.md").read_text()
-    names = " ".join(re.search(r"NAMES are any of\s(.*?): all", text, re.DOTALL)[1].split())
+    names = " ".join(re.search(r"NAMES are any of\s(.*?)\. Tables", text, re.DOTALL)[1].split())
     assert set(names.split()) == set(common.DATASETS) - {"tiny_imagenet"}
     commands = re.findall(r"On a GPU: `python (.*?) NAMES`\.\n\n<!-- table (\S+) -->", text)
     assert {table for _, table in commands} == set(sweep.PUBLISHED)
