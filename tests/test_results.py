@@ -229,14 +229,18 @@ CLAIMS = [
         "14 ahead of AdvVLP, and {:.0f} ahead of FAP",
         1,
     ),
-    ("rivals", "caltech101", "AdvMask", VLP, "PGD", "there AdvMask is {:.0f} points ahead", 1),
+    ("rivals", "embedded", "AdvMask", VLP, "PGD", "AdvMask is {:.0f} points ahead of it on", 1),
+    ("rivals", "caltech101", "AdvMask", VLP, "PGD", "data, and {:.0f} on Caltech101. It keeps", 1),
+    ("rivals", "embedded", "AdvMask", "AdvVP", "clean", "AdvVP keeps {:.1f} points less.", 1),
+    ("rivals", "caltech101", "AdvMask", "AdvVLP", "clean", "AdvVLP keeps {:.0f} points less", 1),
+    ("rivals", "caltech101", "AdvMask", "AdvMaPLe", "clean", "less, and AdvMaPLe {:.0f}.", 1),
     (
         "rivals",
         "caltech101",
         VLP,
         "AdvMask",
         "clean",
-        "It keeps {:.0f} clean points less, within",
+        "It keeps {:.0f} clean points less there",
         1,
     ),
     ("rivals", "embedded", "AdvMaPLe", MAPLE, "clean", "data AdamW keeps {:.0f} clean points", 1),
@@ -307,7 +311,7 @@ CLAIMS = [
         "AdvLoRA, SVD start",
         "AdvLoRA, not aligned",
         "PGD",
-        "There it is {:.1f} points above no alignment",
+        "data it is {:.1f} points above no alignment",
         1,
     ),
     ("modules", "caltech101", "MLP", "attention", "clean", "MLP is {:.0f} points ahead of it o", 1),
@@ -319,7 +323,7 @@ CLAIMS = [
     ("modules", "caltech101", "attention", "MLP", "PGD", "The MLP is as robust as attention", 0),
     ("loss", "embedded", "CE", "CE + LAFA", "clean", "under PGD, and {:.0f} clean points", 1),
     ("loss", "embedded", "CE", "CE + LAFA", "PGD", "CE alone is {:.0f} points above LAFA", 1),
-    ("loss", "caltech101", "CE + LAFA", "CE", "PGD", "LAFA is {:.0f} points above CE under", 1),
+    ("loss", "caltech101", "CE + LAFA", "CE", "PGD", "LAFA is {:.0f} points above CE, 4.6", 1),
     ("loss", "caltech101", "CE + LAFA", "CE + KL", "PGD", "is {:.0f} to 6 points above the oth", 1),
     ("loss", "caltech101", "CE + LAFA", "CE + JS", "PGD", "is 5 to {:.0f} points above the oth", 1),
     ("loss", "caltech101", "CE + LAFA", "CE", "clean", "LAFA is {:.0f} points above CE, and", 1),
@@ -790,7 +794,9 @@ def test_the_page_states_how_advvlp_varies(sweep):
 
 def test_lafa_is_first_on_caltech101_in_every_seed(sweep):
     leads = difference(sweep, "loss", "caltech101", LAFA, "CE", "PGD")
-    assert "CE under PGD, {:.1f}, {:.1f} and {:.1f} by seed".format(*leads) in text_of("RESULTS.md")
+    assert "points above CE, {:.1f}, {:.1f} and {:.1f} by seed".format(*leads) in text_of(
+        "RESULTS.md"
+    )
     losses = ("CE", "CE + JS", "CE + KL", "CE + LAFA unweighted")
     for other in losses:
         assert min(difference(sweep, "loss", "caltech101", LAFA, other, "PGD")) > 0
