@@ -191,7 +191,15 @@ CLAIMS = [
         "keeps {:.0f} clean points more on the embedded data, within",
         0,
     ),
-    ("rivals", "caltech101", "TGA-ZSR", "AdvMask", "clean", "thin noise, and {:.0f} more on Ca", 1),
+    (
+        "rivals",
+        "caltech101",
+        "TGA-ZSR",
+        "AdvMask",
+        "clean",
+        "within noise, and {:.0f} more on Caltech101",
+        1,
+    ),
     ("rivals", "caltech101", "AdvMask", "AdvMaPLe", "PGD", "{:.0f} points ahead of AdvMaPLe", 1),
     ("rivals", "caltech101", "FAP", "AdvVLP", "clean", "keeps {:.0f} clean points more than Ad", 1),
     ("rivals", "caltech101", "FAP", "AdvMaPLe", "clean", "and {:.0f} more than AdvMaPLe.", 1),
@@ -276,7 +284,15 @@ CLAIMS = [
         1,
     ),
     ("rivals", "caltech101", "TGA-ZSR", "AdvMask", "PGD", "data, and by {:.0f} on Caltech101. ", 1),
-    ("rivals", "embedded", "AdvVP, published recipe", "AdvVP", "PGD", "wins {:.0f} points unde", 1),
+    (
+        "rivals",
+        "embedded",
+        "AdvVP, published recipe",
+        "AdvVP",
+        "PGD",
+        "wins {:.0f} points under",
+        1,
+    ),
     (
         "rivals",
         "embedded",
@@ -300,11 +316,35 @@ CLAIMS = [
         0,
     ),
     ("steps", "caltech101", LONG, SHORT, "PGD", "win?** {:.0f} points under PGD", 1),
-    ("controls", "caltech101", "AdvLoRA", "AdvLoRA, not aligned", "PGD", "{:.0f} points are lo", 1),
+    (
+        "controls",
+        "caltech101",
+        "AdvLoRA",
+        "AdvLoRA, not aligned",
+        "PGD",
+        "{:.0f} points are lost",
+        1,
+    ),
     ("controls", "caltech101", "AdvLoRA", "plain LoRA", "PGD", "in plain LoRA {:.0f} as well", 1),
     ("controls", "caltech101", "AdvLoRA", "plain LoRA", "clean", "Either loses {:.0f} clean", 1),
-    ("controls", "caltech101", "AdvLoRA", "AdvLoRA, not aligned", "clean", "er loses {:.0f} cl", 1),
-    ("controls", "embedded", "AdvLoRA", "AdvLoRA, not aligned", "PGD", "he loss of {:.1f} poin", 0),
+    (
+        "controls",
+        "caltech101",
+        "AdvLoRA",
+        "AdvLoRA, not aligned",
+        "clean",
+        "Either loses {:.0f} clean",
+        1,
+    ),
+    (
+        "controls",
+        "embedded",
+        "AdvLoRA",
+        "AdvLoRA, not aligned",
+        "PGD",
+        "the loss of {:.1f} points",
+        0,
+    ),
     (
         "controls",
         "embedded",
@@ -369,7 +409,15 @@ CLAIMS = [
     ("base-to-new", "embedded", "AdvMask", "AdvVP", "H", "is above that of every prompt", 1),
     ("base-to-new", "embedded", "AdvVLP", "FAP", "H", "is below AdvVLP and AdvMaPLe", 1),
     ("base-to-new", "embedded", "AdvMaPLe", "FAP", "H", "is below AdvVLP and AdvMaPLe", 1),
-    ("modules", "embedded", "AdvLoRA, attention", "AdvLoRA, both", "clean", "keeps {:.1f} c", 1),
+    (
+        "modules",
+        "embedded",
+        "AdvLoRA, attention",
+        "AdvLoRA, both",
+        "clean",
+        "keeps {:.1f} clean",
+        1,
+    ),
     (
         "modules",
         "caltech101",
@@ -443,12 +491,28 @@ CHOICES = [
     ("choices", "caltech101", SHORTER, "--budget 3", "clean", "costs {:.1f} clean points", 1),
     ("choices", "caltech101", SHORTER, "--batch-size 64", "clean", "costs AdvMask {:.1f} clean", 1),
     ("choices", "caltech101", SAME, "undivided", "clean", "On Caltech101 it keeps {:.0f} less", 0),
-    ("choices", "caltech101", SAME, "undivided", "clean", "tech101 it keeps {:.0f} less, withi", 0),
+    (
+        "choices",
+        "caltech101",
+        SAME,
+        "undivided",
+        "clean",
+        "Caltech101 it keeps {:.0f} less, within",
+        0,
+    ),
     ("choices", "caltech101", SAME, "tokens", "PGD", "is {:.1f} points less robust on Cal", 1),
     ("choices", "caltech101", SAME, "raw --lam 0.5", "clean", "keep {:.0f} clean points less", 0),
     ("choices", "caltech101", SAME, "adam --budget 3", "clean", "at {:.0f} clean points less", 1),
     ("choices", "caltech101", SHORTER, SAME, "clean", "It keeps {:.0f} clean points less than", 1),
-    ("choices", "caltech101", "--steps 300 --budget 3", SHORTER, "PGD", "udget are {:.0f} poin", 1),
+    (
+        "choices",
+        "caltech101",
+        "--steps 300 --budget 3",
+        SHORTER,
+        "PGD",
+        "budget are {:.0f} points",
+        1,
+    ),
     (
         "choices",
         "caltech101",
@@ -458,14 +522,22 @@ CHOICES = [
         "600 steps keep {:.0f} clean points more than 300",
         1,
     ),
-    ("choices-embedded", "embedded", OWN, "undivided", "clean", "ivided` keeps {:.0f} clean po", 1),
+    (
+        "choices-embedded",
+        "embedded",
+        OWN,
+        "undivided",
+        "clean",
+        "undivided` keeps {:.0f} clean points",
+        1,
+    ),
     (
         "choices-embedded",
         "embedded",
         OWN,
         "adam --budget 3",
         "clean",
-        "and keeps {:.0f} clean points less than the defaults",
+        "and keeps {:.0f} clean points less than ours with",
         1,
     ),
     ("choices-embedded", "embedded", OWN, "raw --lam 0.5", "clean", " noise, and {:.0f} on the", 0),
@@ -476,7 +548,15 @@ CHOICES = [
     ("choices-embedded", "embedded", OWN, "--lam 500", "clean", "robust, at {:.0f} clean point", 1),
     ("choices-embedded", "embedded", "--lam 50", OWN, "PGD", "Lambda 50 is {:.0f} points more", 0),
     ("choices-embedded", "embedded", OWN, "--budget 0.75", "clean", "0.75 keeps {:.0f} clean", 1),
-    ("choices-embedded", "embedded", "--lam 0", "--lam 500", "clean", "the least, {:.1f} point", 1),
+    (
+        "choices-embedded",
+        "embedded",
+        "--lam 0",
+        "--lam 500",
+        "clean",
+        "the least, {:.1f} points",
+        1,
+    ),
     (
         "choices-embedded",
         "embedded",
@@ -499,7 +579,15 @@ CHOICES = [
         "wins AdvMask {:.1f} clean points on Caltech101",
         1,
     ),
-    ("attempts", "caltech101", f"AdvMask {NONE}", "AdvMask defaults", "PGD", "it wins {:.1f} p", 1),
+    (
+        "attempts",
+        "caltech101",
+        f"AdvMask {NONE}",
+        "AdvMask defaults",
+        "PGD",
+        "it wins {:.1f} points",
+        1,
+    ),
     (
         "attempts",
         "embedded",
@@ -509,10 +597,42 @@ CHOICES = [
         "and {:.1f} on the embedded data, one image",
         0,
     ),
-    ("attempts", "embedded", "AdvMask defaults", f"AdvMask {NONE}", "clean", "d costs {:.0f} o", 1),
-    ("attempts", "caltech101", f"TeCoA {NONE}", "TeCoA defaults", "clean", "CoA wins {:.0f} cl", 1),
-    ("attempts", "embedded", f"TeCoA {NONE}", "TeCoA defaults", "clean", "eCoA wins {:.0f} cle", 1),
-    ("attempts", "caltech101", f"AdvLoRA {NONE}", "AdvLoRA defaults", "clean", "dvLoRA {:.0f} ", 1),
+    (
+        "attempts",
+        "embedded",
+        "AdvMask defaults",
+        f"AdvMask {NONE}",
+        "clean",
+        "and costs {:.0f} on",
+        1,
+    ),
+    (
+        "attempts",
+        "caltech101",
+        f"TeCoA {NONE}",
+        "TeCoA defaults",
+        "clean",
+        "TeCoA wins {:.0f} clean",
+        1,
+    ),
+    (
+        "attempts",
+        "embedded",
+        f"TeCoA {NONE}",
+        "TeCoA defaults",
+        "clean",
+        "TeCoA wins {:.0f} clean",
+        1,
+    ),
+    (
+        "attempts",
+        "caltech101",
+        f"AdvLoRA {NONE}",
+        "AdvLoRA defaults",
+        "clean",
+        "AdvLoRA {:.0f} ",
+        1,
+    ),
     *[
         ("attempts", dataset, "AdvMask defaults", "AdvMask matrix", column, "seeds disagree", 0)
         for dataset in ("embedded", "caltech101")
@@ -654,8 +774,16 @@ def test_one_commit_and_one_gpu_made_the_tables_but_for_what_the_page_names(swee
         "AdvVP, AdvVLP, AdvMaPLe and FAP on Caltech101 are of dd229a8, but ran on a CPU, in float"
     )
     assert told in text_of("RESULTS.md")
-    (commit,) = {line["commit"] for line in lines_of(RESULTS / "autoattack.jsonl")}
-    assert commit == "dd229a8e9c70"
+    attacked = lines_of(RESULTS / "autoattack.jsonl")
+    assert {line["commit"] for line in attacked} == {"dd229a8e9c70"}
+    on_cpu = {(line["row"], line["dtype"]) for line in attacked if line["device"] == "cpu"}
+    assert on_cpu == {("AdvVLP, published recipe", "float32")}
+    assert "**AutoAttack on AdvVLP's published recipe** is of dd229a8, but" in text_of("RESULTS.md")
+    for table in sweep.TABLES:
+        for line in sweep.read(table):
+            here = line["row"].endswith("published recipe") and "CPU" in line["device_name"]
+            assert line["dtype"] == ("float32" if here else "bfloat16"), line["row"]
+    assert "All runs of this page computed in bfloat16" in text_of("CHOICES.md")
 
 
 def test_runs_of_the_older_commit_came_out_alike_at_the_newer_one():
